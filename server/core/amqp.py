@@ -1,0 +1,300 @@
+"""One AMQP connection with one channel that comes back by itself. The only module that knows pika.
+
+Owns connecting, confirms and redelivery bookkeeping; knows nothing of jobs or frames. A process keeps
+two: one to publish on and one to consume on, so that a publisher held back by the broker's flow control
+never delays the acks.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pika
+from pika import spec
+from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.channel import Channel
+
+from server.core import topology
+from server.core.errors import BrokerUnavailable, QueueFull
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 20
+RECONNECT_MAX_S = 3.0
+LOST = "The message broker is not reachable. Try again shortly."
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A consumed message. `attempt` starts at 1; it counts only on queues of the quorum type."""
+
+    body: bytes
+    tag: int
+    attempt: int
+    channel: Channel
+
+
+class AmqpLink:
+    """A connection to the broker.
+
+    `setup` runs after each (re)connection and declares and consumes what this link is for; `on_lost`
+    runs whenever an open connection is gone, and `on_return` for each unroutable message sent with
+    `mandatory`, with its routing key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        setup: Callable[["AmqpLink"], Awaitable[None]],
+        on_lost: Callable[[], None] = lambda: None,
+        on_return: Callable[[str], None] = lambda routing_key: None,
+    ) -> None:
+        self._parameters = pika.URLParameters(url)
+        self._parameters.heartbeat = HEARTBEAT_S
+        self._parameters.client_properties = {"connection_name": name}
+        self._setup = setup
+        self._on_lost = on_lost
+        self._on_return = on_return
+        self._connection: AsyncioConnection | None = None
+        self._channel: Channel | None = None
+        self._unconfirmed: dict[int, asyncio.Future[None]] = {}
+        self._tags = itertools.count(1)
+        self._gone = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._blocked = False
+
+    @property
+    def connected(self) -> bool:
+        return self._ready.is_set()
+
+    async def start(self, timeout_s: float = 30.0) -> None:
+        """Connect, and stay connected from then on. Raises BrokerUnavailable after `timeout_s`."""
+        self._task = asyncio.create_task(self._stay_connected())
+        waiter = asyncio.create_task(self._ready.wait())
+        await asyncio.wait({waiter, self._task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+        if self._task.done():
+            self._task.result()
+        if not self.connected:
+            await self.close()
+            raise BrokerUnavailable(LOST)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        connection = self._connection
+        if connection is not None and connection.is_open:
+            connection.close()
+            try:
+                await asyncio.wait_for(self._gone.wait(), 5)
+            except TimeoutError:
+                logger.warning("broker did not confirm the close", extra={"action": "amqp_close"})
+        self._ready.clear()
+
+    async def publish(self, queue: str, body: bytes, *, message_id: str = "", persistent: bool = True) -> None:
+        """Send to a queue and wait until the broker has it.
+
+        Raises QueueFull when the queue refuses it, BrokerUnavailable when the broker is lost or blocked.
+        """
+        await self.publish_soon(queue, body, message_id=message_id, persistent=persistent)
+
+    def publish_soon(
+        self, queue: str, body: bytes, *, message_id: str = "", persistent: bool = True
+    ) -> asyncio.Future[None]:
+        """`publish`, returning at once with what to wait for. What this link sends later arrives later."""
+        if self._blocked:
+            raise BrokerUnavailable("The message broker is out of memory or disk and takes no work. Try again shortly.")
+        properties = pika.BasicProperties(
+            message_id=message_id, delivery_mode=2 if persistent else 1, content_type="application/json"
+        )
+        tag = self._basic_publish("", queue, body, properties, mandatory=False)
+        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unconfirmed[tag] = confirmed
+        return confirmed
+
+    def send(self, queue: str, body: bytes) -> None:
+        """Send to a queue that may be gone, without waiting; `on_return` hears of one that is."""
+        self._basic_publish("", queue, body, pika.BasicProperties(delivery_mode=1), mandatory=True)
+
+    def broadcast(self, exchange: str, body: bytes) -> None:
+        self._basic_publish(exchange, "", body, pika.BasicProperties(delivery_mode=1), mandatory=False)
+
+    def _basic_publish(
+        self, exchange: str, routing_key: str, body: bytes, properties: pika.BasicProperties, mandatory: bool
+    ) -> int:
+        channel = self._channel
+        if channel is None or not channel.is_open or not self.connected:
+            raise BrokerUnavailable(LOST)
+        channel.basic_publish(exchange, routing_key, body, properties, mandatory=mandatory)
+        return next(self._tags)
+
+    def ack(self, delivery: Delivery) -> None:
+        """Done with it. After a reconnection this does nothing: the broker delivers the message again."""
+        if delivery.channel is self._channel and delivery.channel.is_open:
+            delivery.channel.basic_ack(delivery.tag)
+
+    def reject(self, delivery: Delivery, *, requeue: bool) -> None:
+        """Give it back (`requeue`), or to the dead letters."""
+        if delivery.channel is self._channel and delivery.channel.is_open:
+            delivery.channel.basic_reject(delivery.tag, requeue=requeue)
+
+    async def declare_jobs(self, model: str, max_length: int) -> None:
+        for lane in ("interactive", "batch"):
+            await self.declare_queue(topology.jobs_queue(model, lane), topology.jobs_arguments(max_length))
+
+    async def declare_queue(
+        self, name: str, arguments: dict[str, Any] | None = None, *, exclusive: bool = False, passive: bool = False
+    ) -> tuple[int, int]:
+        """Declare a durable (or exclusive) queue; returns (ready messages, consumers)."""
+        frame = await self._call(
+            lambda channel, done: channel.queue_declare(
+                name,
+                passive=passive,
+                durable=not exclusive,
+                exclusive=exclusive,
+                auto_delete=exclusive,
+                arguments=arguments or {},
+                callback=done,
+            )
+        )
+        return frame.method.message_count, frame.method.consumer_count
+
+    async def declare_fanout(self, exchange: str) -> None:
+        await self._call(
+            lambda channel, done: channel.exchange_declare(exchange, "fanout", durable=True, callback=done)
+        )
+
+    async def bind(self, queue: str, exchange: str) -> None:
+        await self._call(lambda channel, done: channel.queue_bind(queue, exchange, callback=done))
+
+    async def consume(self, queue: str, on_message: Callable[[Delivery], None], prefetch: int = 0) -> str:
+        """Deliver the queue's messages to `on_message`; `prefetch` 0 means no acks are expected."""
+        if prefetch:
+            await self._call(lambda channel, done: channel.basic_qos(prefetch_count=prefetch, callback=done))
+
+        def deliver(
+            channel: Channel, method: spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes
+        ) -> None:
+            count = (properties.headers or {}).get("x-delivery-count", 0)
+            on_message(Delivery(body, method.delivery_tag, int(count) + 1, channel))
+
+        frame = await self._call(
+            lambda channel, done: channel.basic_consume(queue, deliver, auto_ack=not prefetch, callback=done)
+        )
+        return str(frame.method.consumer_tag)
+
+    async def cancel_consumer(self, consumer_tag: str) -> None:
+        """Take nothing more from a queue; what was delivered can still be acked."""
+        if self.connected:
+            await self._call(lambda channel, done: channel.basic_cancel(consumer_tag, callback=done))
+
+    async def _call(self, method: Callable[[Channel, Callable[[Any], None]], Any]) -> Any:
+        """One synchronous AMQP method: resolves with the broker's answer, or fails with the channel."""
+        channel = self._channel
+        if channel is None or not channel.is_open:
+            raise BrokerUnavailable(LOST)
+        answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def done(frame: Any) -> None:
+            if not answered.done():
+                answered.set_result(frame)
+
+        method(channel, done)
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if not answered.done():
+            raise BrokerUnavailable(LOST)
+        return answered.result()
+
+    async def _stay_connected(self) -> None:
+        delay_s = 0.1
+        while True:
+            try:
+                await self._connect()
+            except BrokerUnavailable:
+                logger.warning("broker not reachable", extra={"action": "amqp_connect", "retry_s": delay_s})
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RECONNECT_MAX_S)
+                continue
+            delay_s = 0.1
+            self._ready.set()
+            await self._gone.wait()
+            self._lose()
+
+    async def _connect(self) -> None:
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._gone = asyncio.Event()
+        gone = self._gone
+
+        def on_failed(_connection: object, reason: BaseException) -> None:
+            logger.warning("broker connection ended", extra={"action": "amqp_lost", "reason": repr(reason)})
+            if not opened.done():
+                opened.set_exception(BrokerUnavailable(LOST))
+            gone.set()
+
+        def on_channel(channel: Channel) -> None:
+            channel.add_on_close_callback(on_channel_closed)
+            channel.add_on_return_callback(lambda _ch, method, _props, _body: self._on_return(method.routing_key))
+            channel.confirm_delivery(self._on_confirm, callback=lambda _frame: opened.done() or opened.set_result(None))
+            self._channel = channel
+
+        def on_channel_closed(_channel: Channel, reason: BaseException) -> None:
+            # A channel the broker closed (bad arguments, an ack timeout) takes its connection with it:
+            # one way back to a known state.
+            if connection.is_open:
+                connection.close()
+            on_failed(connection, reason)
+
+        connection = AsyncioConnection(
+            self._parameters,
+            on_open_callback=lambda c: c.channel(on_open_callback=on_channel),
+            on_open_error_callback=on_failed,
+            on_close_callback=on_failed,
+        )
+        connection.add_on_connection_blocked_callback(lambda _c, _f: self._set_blocked(True))
+        connection.add_on_connection_unblocked_callback(lambda _c, _f: self._set_blocked(False))
+        self._connection, self._tags, self._blocked = connection, itertools.count(1), False
+        try:
+            await asyncio.wait_for(asyncio.shield(opened), 10)
+        except TimeoutError as exc:
+            raise BrokerUnavailable(LOST) from exc
+        await self._setup(self)
+
+    def _set_blocked(self, blocked: bool) -> None:
+        self._blocked = blocked
+        logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked})
+
+    def _on_confirm(self, frame: Any) -> None:
+        method = frame.method
+        if method.multiple:
+            tags = [tag for tag in self._unconfirmed if tag <= method.delivery_tag]
+        else:
+            tags = [method.delivery_tag]
+        for tag in tags:
+            confirmed = self._unconfirmed.pop(tag, None)
+            if confirmed is None or confirmed.done():
+                continue
+            if isinstance(method, spec.Basic.Ack):
+                confirmed.set_result(None)
+            else:
+                confirmed.set_exception(
+                    QueueFull("The queue of this model is full. Try again shortly.", retry_after_s=1)
+                )
+
+    def _lose(self) -> None:
+        self._ready.clear()
+        self._channel = None
+        unconfirmed, self._unconfirmed = self._unconfirmed, {}
+        for confirmed in unconfirmed.values():
+            if not confirmed.done():
+                confirmed.set_exception(BrokerUnavailable(LOST))
+        self._on_lost()

@@ -1,0 +1,127 @@
+"""The errors a request can end with, and the one table of their statuses.
+
+    ServiceError
+    ├── InvalidRequest          400  a field is missing, malformed or out of range
+    │   └── UnknownModel        400  no such model is served
+    ├── Unauthorized            401  no key, or a key that is not (or no longer) ours
+    ├── Forbidden               403  the key is known but may not do this
+    ├── NotFound                404
+    ├── MethodNotAllowed        405
+    ├── PayloadTooLarge         413
+    ├── TooManyRequests         429  retry_after_s says when
+    │   ├── RateLimited              past the key's requests per minute
+    │   └── QueueFull                the broker refused the job: the model's queue is full
+    ├── EngineFailed            500  the engine broke on this request
+    ├── Unavailable             503  retry_after_s says when
+    │   ├── BrokerUnavailable
+    │   ├── DatabaseUnavailable
+    │   └── NoWorker                 no live worker serves the model
+    └── DeadlineExceeded        504
+
+Library errors become one of these once, at the boundary (`raise X from exc`). A dialect gives them its
+own shape; the message is written for the caller and never carries `str(exc)`.
+"""
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """A request that ended badly.
+
+    `message` is for the caller; `param` names the offending field as a dotted path, if there is one.
+    """
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(ServiceError):
+    status = 400
+
+
+class UnknownModel(InvalidRequest):
+    pass
+
+
+class Unauthorized(ServiceError):
+    status = 401
+
+
+class Forbidden(ServiceError):
+    status = 403
+
+
+class NotFound(ServiceError):
+    status = 404
+
+
+class MethodNotAllowed(ServiceError):
+    status = 405
+
+
+class PayloadTooLarge(ServiceError):
+    status = 413
+
+
+class TooManyRequests(ServiceError):
+    status = 429
+
+
+class RateLimited(TooManyRequests):
+    pass
+
+
+class QueueFull(TooManyRequests):
+    pass
+
+
+class EngineFailed(ServiceError):
+    status = 500
+
+
+class Unavailable(ServiceError):
+    status = 503
+
+
+class BrokerUnavailable(Unavailable):
+    pass
+
+
+class DatabaseUnavailable(Unavailable):
+    pass
+
+
+class NoWorker(Unavailable):
+    pass
+
+
+class DeadlineExceeded(ServiceError):
+    status = 504
+
+
+_BY_STATUS: dict[int, type[ServiceError]] = {
+    cls.status: cls
+    for cls in (
+        InvalidRequest,
+        Unauthorized,
+        Forbidden,
+        NotFound,
+        MethodNotAllowed,
+        PayloadTooLarge,
+        TooManyRequests,
+        EngineFailed,
+        Unavailable,
+        DeadlineExceeded,
+    )
+}
+
+
+def from_status(status: int, message: str, param: str | None = None) -> ServiceError:
+    """The error for a status that came over the wire (a worker's error frame, the web framework's own)."""
+    fallback = EngineFailed if status >= 500 else InvalidRequest
+    return _BY_STATUS.get(status, fallback)(message, param=param)

@@ -1,0 +1,149 @@
+"""The messages between server, workers and archivist, and their encodings.
+
+Durable messages (jobs, history) and the small fanouts are JSON, so that `dead` can be read by a person.
+Frames live for milliseconds and carry text chunks and vectors as they are: those are MessagePack.
+A field may be added with a default; none is renamed or removed while an older process may still run.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+Lane = Literal["interactive", "batch"]
+WorkerType = Literal["chat", "embedding", "archive"]
+FrameKind = Literal["started", "chunk", "usage", "result", "error", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request on its way to a worker.
+
+    `body` has OpenAI's shape (chat completion or embeddings). `created_at` and `deadline` are in Unix
+    seconds: a job past its deadline is dropped, never generated. `recorded` is false for the service's own work (vectors of chats,
+    queries of `/chat/similar`), which is neither history nor usage.
+    """
+
+    id: str
+    model: str
+    endpoint: str
+    body: dict[str, Any]
+    key_id: int
+    reply_to: str
+    created_at: float
+    deadline: float
+    session_id: str = ""
+    recorded: bool = True
+    attempt: int = 1
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A piece of an answer. `data` by kind:
+
+    started  empty: a worker took the job from its queue
+    chunk    the JSON of one streamed chunk
+    usage    the JSON of the last chunk, which counts the tokens and carries no choice
+    result   the JSON of the whole answer (`embeddings` carries an `EmbeddingResult`)
+    error    an `ErrorFrame`
+    done     empty: the stream is complete
+    """
+
+    request_id: str
+    kind: FrameKind
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFrame:
+    status: int
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingResult:
+    """`vectors`: float32 little-endian, (n_texts, dimensions), L2-normalised, row after row."""
+
+    model: str
+    dimensions: int
+    prompt_tokens: int
+    vectors: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A finished request, to be kept: a chat with its messages, or an embedding request's usage.
+
+    `created_at` and `finished_at` are in Unix seconds.
+    """
+
+    request_id: str
+    type: Literal["chat", "embedding"]
+    key_id: int
+    model: str
+    endpoint: str
+    prompt_tokens: int
+    completion_tokens: int
+    created_at: float
+    finished_at: float
+    session_id: str = ""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str = ""
+    texts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A worker's load, sent once a second. `tokens_per_s` covers the second just past;
+    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row."""
+
+    worker: str
+    type: WorkerType
+    model: str
+    ready: bool
+    running: int = 0
+    waiting: int = 0
+    tokens_per_s: float = 0.0
+    progress_at: float = 0.0
+    metrics_port: int = 0
+    backlog: int = 0
+    lag_s: float = 0.0
+    sent_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+def encode(message: Job | Record | Status | Cancel | ErrorFrame) -> bytes:
+    return msgspec.json.encode(message)
+
+
+def decode(kind: type[T], body: bytes) -> T:
+    """Raises msgspec.DecodeError (msgspec.ValidationError among them) for what is not a `kind`."""
+    return msgspec.json.decode(body, type=kind)
+
+
+_frames = msgspec.msgpack.Decoder(list[Frame])
+
+
+def encode_frames(frames: list[Frame]) -> bytes:
+    return msgspec.msgpack.encode(frames)
+
+
+def decode_frames(body: bytes) -> list[Frame]:
+    return _frames.decode(body)
+
+
+def encode_embeddings(result: EmbeddingResult) -> bytes:
+    return msgspec.msgpack.encode(result)
+
+
+def decode_embeddings(data: bytes) -> EmbeddingResult:
+    return msgspec.msgpack.decode(data, type=EmbeddingResult)

@@ -1,0 +1,154 @@
+"""The models this service serves, read from models.yaml. A model is an entry there; no code knows one.
+
+Mistakes fail at start and name the line: unknown keys, wrong types, duplicate ids, two defaults of a type.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.core.errors import UnknownModel
+from server.core.settings import BadSettings
+
+ModelType = Literal["chat", "embedding"]
+
+
+class ModelSpec(BaseModel):
+    """One entry of models.yaml.
+
+    `source` is a hub id or a local folder; `engine` takes vLLM's own option names (chat models only).
+    `dimensions`, `query_prompt` and `pooling` override what an embedding model's own files say.
+    `stand_in_for` is written by `up` alone, into the smoke profile it makes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(min_length=1)
+    type: ModelType
+    source: str = Field(min_length=1)
+    revision: str | None = None
+    context_length: int = Field(gt=0)
+    description: str = ""
+    default: bool = False
+    enabled: bool = True
+    engine: dict[str, Any] = {}
+    dimensions: int | None = Field(None, gt=0)
+    query_prompt: str | None = None
+    pooling: Literal["mean", "cls", "lasttoken", "max"] | None = None
+    stand_in_for: tuple[str, ...] = ()
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    models: list[ModelSpec] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The enabled models, in the file's order."""
+
+    models: tuple[ModelSpec, ...]
+
+    @cached_property
+    def _by_id(self) -> dict[str, ModelSpec]:
+        return {model.id: model for model in self.models}
+
+    @cached_property
+    def _stand_ins(self) -> dict[str, ModelSpec]:
+        return {missing: model for model in self.models for missing in model.stand_in_for}
+
+    def of_type(self, type_: ModelType) -> list[ModelSpec]:
+        return [model for model in self.models if model.type == type_]
+
+    def default(self, type_: ModelType) -> ModelSpec | None:
+        """The type's default, or its first model, or None."""
+        models = self.of_type(type_)
+        return next((model for model in models if model.default), models[0] if models else None)
+
+    def resolve(self, model_id: str | None, type_: ModelType) -> ModelSpec:
+        """The model that answers for `model_id` (None: the default's). Raises UnknownModel.
+
+        In the smoke profile that may be a stand-in, whose own id differs.
+        """
+        model = self.default(type_) if model_id is None else self._by_id.get(model_id) or self._stand_ins.get(model_id)
+        known = ", ".join(sorted(m.id for m in self.of_type(type_))) or "none"
+        if model is None:
+            raise UnknownModel(f"Invalid model specified: {model_id!r} is not served. Known: {known}.", param="model")
+        if model.type != type_:
+            raise UnknownModel(
+                f"Invalid model specified: {model_id!r} is for {model.type}, not for {type_}. Known: {known}.",
+                param="model",
+            )
+        return model
+
+
+def _line_of(root: yaml.Node | None, path: tuple[int | str, ...]) -> int:
+    """The line (from 1) of the node at `path`, or of the last node on the way there."""
+    line = 1
+    node = root
+    for step in path:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(step):
+                    line, node = key.start_mark.line + 1, value
+                    break
+            else:
+                break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _check_unique(models: list[ModelSpec], path: Path, root: yaml.Node) -> None:
+    seen: dict[str, int] = {}
+    defaults: dict[str, int] = {}
+    for index, model in enumerate(models):
+        line = _line_of(root, ("models", index, "id"))
+        if model.id in seen:
+            raise BadSettings(f"{path}:{line}: id {model.id!r} is taken already by line {seen[model.id]}")
+        seen[model.id] = line
+        if model.default and model.enabled:
+            line = _line_of(root, ("models", index, "default"))
+            if model.type in defaults:
+                raise BadSettings(
+                    f"{path}:{line}: a second default of type {model.type!r}; the first is on line "
+                    f"{defaults[model.type]}"
+                )
+            defaults[model.type] = line
+        if model.type == "embedding" and model.engine:
+            line = _line_of(root, ("models", index, "engine"))
+            raise BadSettings(f"{path}:{line}: engine: is for chat models; {model.id!r} is an embedding model")
+
+
+def load_registry(path: Path) -> Registry:
+    """Read models.yaml. Raises BadSettings as `FILE:LINE: what is wrong`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except OSError as exc:
+        raise BadSettings(f"{path}: cannot be read ({exc.strerror}). Name it with --models or MODELS_FILE.") from exc
+    except yaml.MarkedYAMLError as exc:
+        line = exc.problem_mark.line + 1 if exc.problem_mark else 1
+        raise BadSettings(f"{path}:{line}: not valid YAML: {exc.problem}") from exc
+    try:
+        models = _File.model_validate(content).models
+    except pydantic.ValidationError as exc:
+        error = exc.errors()[0]
+        where = ".".join(str(step) for step in error["loc"])
+        what = "unknown key" if error["type"] == "extra_forbidden" else re.sub(r"^Input s", "s", error["msg"])
+        raise BadSettings(f"{path}:{_line_of(root, error['loc'])}: {where}: {what}") from exc
+    assert root is not None
+    _check_unique(models, path, root)
+    return Registry(tuple(model for model in models if model.enabled))

@@ -1,0 +1,65 @@
+"""The service's settings: command line over environment over these defaults.
+
+Built once in `__main__` and passed down; nothing else reads the environment. The README's table of
+settings is held against this class by a test.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from server.core.errors import ServiceError
+
+
+class BadSettings(ServiceError):
+    """A setting, or models.yaml, is wrong. The message is for the person who starts the service."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True)
+
+    models_file: Path = Field(Path("models.yaml"), description="The models to serve")
+    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface")
+    port: int = Field(8000, ge=1, le=65535, description="Port of the API")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of a worker's `/metrics` and `/health`; 0 takes a free one"
+    )
+    data_dir: Path = Field(Path(".data"), description="Database, broker, logs and made models of `./run`")
+    database_url: str = Field("", description="Postgres with pgvector; unset: a private one in `DATA_DIR`")
+    amqp_url: str = Field("", description="RabbitMQ; unset: a private one in `DATA_DIR`")
+    api_key: str = Field(
+        "", description="Keys, comma-separated, the first is the admin's; unset: one is made and shown once"
+    )
+    rate_limit_per_minute: int = Field(50, ge=0, description="Requests a key may make each minute; 0: no limit")
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request body; past it 413")
+    queue_max_jobs: int = Field(512, ge=1, description="Jobs that may wait for a model; past it 429")
+    request_timeout_s: float = Field(300, gt=0, description="Longest a request may take, its wait included")
+    drain_timeout_s: float = Field(30, ge=0, description="What running requests get to finish on SIGTERM")
+    log_level: str = Field("INFO", pattern="(?i)^(debug|info|warning|error)$", description="Least severe log line")
+
+    @field_validator("api_key")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        for key in filter(None, value.split(",")):
+            if not key.strip().isascii() or not key.strip().isprintable() or " " in key.strip():
+                raise ValueError("a key is printable ASCII without spaces")
+        return value
+
+    @property
+    def api_keys(self) -> list[str]:
+        return [key.strip() for key in self.api_key.split(",") if key.strip()]
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from the environment, with what was `given` on the command line (None: not given).
+
+    Raises BadSettings naming each wrong variable.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except pydantic.ValidationError as exc:
+        wrong = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']} (got {e['input']!r})" for e in exc.errors())
+        raise BadSettings(f"Wrong settings: {wrong}") from exc

@@ -1,0 +1,1 @@
+SELECT sessions FROM session_counts WHERE key_id = %(key_id)s

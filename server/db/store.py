@@ -1,0 +1,170 @@
+"""What is asked of Postgres, one method a question. The SQL stands in `queries/`, a file each.
+
+Reads are the server's, writes of chats and vectors the archivist's. Every method raises
+DatabaseUnavailable when Postgres is not there.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from pgvector import HalfVector
+from psycopg.abc import Query
+from psycopg.rows import DictRow
+
+from server.core.messages import Record
+from server.db.pool import Pool, connection
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """A key as authentication finds it; `requests` and `reset_at` (Unix seconds) are of its running minute."""
+
+    id: int
+    name: str
+    hash: bytes
+    is_admin: bool
+    revoked_at: datetime | None
+    requests: int | None
+    reset_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryFilter:
+    limit: int
+    offset: int
+    model: str | None = None
+    session_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SimilarQuery:
+    """`vector`: float32 (dimensions,), L2-normalised, in the space of `model`."""
+
+    model: str
+    vector: NDArray[np.float32]
+    limit: int
+    threshold: float
+
+
+class Store:
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        folder = Path(__file__).parent / "queries"
+        self._queries: dict[str, Query] = {path.stem: path.read_bytes() for path in folder.glob("*.sql")}
+
+    async def _rows(self, query: str, parameters: dict[str, Any] | None = None) -> list[DictRow]:
+        async with connection(self._pool) as conn:
+            cursor = await conn.execute(self._queries[query], parameters)
+            return await cursor.fetchall()
+
+    async def _execute(self, query: str, parameters: dict[str, Any]) -> int:
+        """Rows affected."""
+        async with connection(self._pool) as conn:
+            return (await conn.execute(self._queries[query], parameters)).rowcount
+
+    async def ping(self) -> None:
+        async with connection(self._pool) as conn:
+            await conn.execute("SELECT 1")
+
+    async def authenticate(self, hash_: bytes, limit: int) -> KeyRow | None:
+        """The key with this SHA-256, its request counted (unless revoked, or `limit` is 0)."""
+        rows = await self._rows("authenticate", {"hash": hash_, "limit": limit})
+        return KeyRow(**rows[0]) if rows else None
+
+    async def create_key(self, name: str, hash_: bytes, *, is_admin: bool = False) -> int | None:
+        """The new key's id; None if there is a key with this hash already."""
+        rows = await self._rows("create_key", {"name": name, "hash": hash_, "is_admin": is_admin})
+        return int(rows[0]["id"]) if rows else None
+
+    async def list_keys(self) -> list[DictRow]:
+        return await self._rows("list_keys")
+
+    async def revoke_key(self, key_id: int) -> bool:
+        """Whether there is such a key."""
+        return bool(await self._rows("revoke_key", {"id": key_id}))
+
+    async def write(self, records: list[Record]) -> int:
+        """Keep finished requests, each request id once; returns how many were new. One transaction a type."""
+        chats = [record for record in records if record.type == "chat"]
+        embeddings = [record for record in records if record.type == "embedding"]
+        written = 0
+        if chats:
+            columns = _columns(chats, "request_id key_id session_id model endpoint prompt_tokens")
+            columns |= _columns(chats, "completion_tokens finish_reason created_at")
+            columns["messages"] = [msgspec.json.encode(chat.messages).decode() for chat in chats]
+            written += (await self._rows("write_chats", columns))[0]["count"]
+        if embeddings:
+            columns = _columns(embeddings, "request_id key_id model texts prompt_tokens created_at")
+            written += (await self._rows("write_embeddings", columns))[0]["count"]
+        return written
+
+    async def pending_chats(self, limit: int) -> list[DictRow]:
+        """Chats without a vector: rows of `id, key_id, messages`."""
+        return await self._rows("pending_chats", {"limit": limit})
+
+    async def count_pending(self) -> int:
+        return int((await self._rows("count_pending"))[0]["count"])
+
+    async def requeue_vectors(self, model: str) -> int:
+        return await self._execute("requeue_vectors", {"model": model})
+
+    async def write_vectors(self, chats: list[DictRow], model: str, vectors: NDArray[np.float32]) -> None:
+        """`vectors`: float32 (n_chats, dimensions), in the order of `chats`."""
+        await self._execute(
+            "write_vectors",
+            {
+                "chat_id": [chat["id"] for chat in chats],
+                "key_id": [chat["key_id"] for chat in chats],
+                "embedding": [HalfVector(vector) for vector in vectors],
+                "model": model,
+            },
+        )
+
+    async def similar(self, key_id: int, query: SimilarQuery) -> list[DictRow]:
+        """The key's most similar chats, best first: rows of `id, session_id, messages, created_at, similarity`."""
+        return await self._rows(
+            "similar",
+            {
+                "key_id": key_id,
+                "model": query.model,
+                "query": HalfVector(query.vector),
+                "dimensions": len(query.vector),
+                "limit": query.limit,
+                "threshold": query.threshold,
+            },
+        )
+
+    async def history(self, key_id: int, filter_: HistoryFilter) -> list[DictRow]:
+        """The key's chats, newest first."""
+        return await self._rows(
+            "history",
+            {
+                "key_id": key_id,
+                "limit": filter_.limit,
+                "offset": filter_.offset,
+                "model": filter_.model,
+                "session_id": filter_.session_id,
+            },
+        )
+
+    async def sessions(self, key_id: int, limit: int, offset: int) -> list[DictRow]:
+        """The key's sessions, the last used first."""
+        return await self._rows("sessions", {"key_id": key_id, "limit": limit, "offset": offset})
+
+    async def count_sessions(self, key_id: int) -> int:
+        rows = await self._rows("count_sessions", {"key_id": key_id})
+        return int(rows[0]["sessions"]) if rows else 0
+
+    async def usage(self, key_id: int) -> list[DictRow]:
+        """The key's roll-ups: a row a model and type, with totals, today's and this month's requests (UTC)."""
+        today: date = datetime.now(UTC).date()
+        return await self._rows("usage", {"key_id": key_id, "today": today})
+
+
+def _columns(records: list[Record], names: str) -> dict[str, Any]:
+    return {name: [getattr(record, name) for record in records] for name in names.split()}

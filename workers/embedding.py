@@ -1,0 +1,115 @@
+"""The embedding worker: sentence-transformers behind a batcher. The only module that knows the library."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.core import metrics
+from server.core.errors import InvalidRequest
+from server.core.messages import EmbeddingResult, Job, Record, WorkerType, encode_embeddings
+from server.core.registry import ModelSpec
+from server.core.settings import Settings
+from workers.base import Worker
+from workers.batching import Batcher
+from workers.replies import Reply
+
+logger = logging.getLogger(__name__)
+
+PREFETCH = 64
+
+
+class Embedder:
+    """A loaded sentence-transformers model."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        options: dict[str, Any] = {"revision": spec.revision, "truncate_dim": spec.dimensions}
+        if spec.pooling is None:
+            self._model = SentenceTransformer(spec.source, **options)
+        else:
+            from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+            transformer = Transformer(spec.source)
+            pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=spec.pooling)
+            self._model = SentenceTransformer(modules=[transformer, pooling], **options)
+        own_limit = self._model.max_seq_length
+        self.max_tokens = min(spec.context_length, own_limit or spec.context_length)
+        self._model.max_seq_length = self.max_tokens
+        query_prompt = spec.query_prompt
+        if query_prompt is None:
+            query_prompt = self._model.prompts.get("query") or ""
+        self._prompts = {"query": query_prompt, "document": self._model.prompts.get("document") or ""}
+
+    def prepare(self, texts: list[str], input_type: str) -> tuple[list[str], list[int]]:
+        """The texts as the model wants them for `query` or `document`, and their lengths in tokens."""
+        texts = [self._prompts[input_type] + text for text in texts]
+        ids = self._model.tokenizer(texts, truncation=False, add_special_tokens=True)["input_ids"]
+        return texts, [len(row) for row in ids]
+
+    def encode(self, texts: list[str]) -> NDArray[np.float32]:
+        """float32 (n_texts, dimensions), L2-normalised, also where `dimensions` cuts the model's own."""
+        vectors: NDArray[np.float32] = self._model.encode(
+            texts, batch_size=len(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        )
+        return vectors.astype("<f4", copy=False)
+
+
+class EmbeddingWorker(Worker):
+    type: WorkerType = "embedding"
+
+    def __init__(self, settings: Settings, spec: ModelSpec) -> None:
+        super().__init__(settings, spec.id)
+        self._spec = spec
+        self._embedder: Embedder
+        self._batcher: Batcher
+        self._batching: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        self._embedder = await asyncio.to_thread(Embedder, self._spec)
+        # The first call pays for lazy initialisation; let it not be a client's.
+        await asyncio.to_thread(self._embedder.encode, ["ready"])
+        self._batcher = Batcher(self._embedder.encode)
+        self._batching = asyncio.create_task(self._batcher.run())
+        return PREFETCH
+
+    async def stop(self) -> None:
+        if self._batching is not None:
+            self._batching.cancel()
+
+    async def handle(self, job: Job, reply: Reply) -> Record:
+        texts: list[str] = job.body["input"]
+        input_type = job.body.get("input_type", "document")
+        texts, lengths = await asyncio.to_thread(self._embedder.prepare, texts, input_type)
+        limit = self._embedder.max_tokens
+        for index, length in enumerate(lengths):
+            if length > limit and not job.body.get("truncate"):
+                raise InvalidRequest(
+                    f"Text {index} has {length} tokens; {self.model} takes {limit}. Shorten it or split it.",
+                    param=f"input.{index}",
+                )
+        prompt_tokens = sum(min(length, limit) for length in lengths)
+        vectors = await self._batcher.submit(texts, [min(length, limit) for length in lengths])
+        self.beacon.waiting = self._batcher.waiting
+        self.beacon.progress(prompt_tokens)
+        result = EmbeddingResult(self.model, vectors.shape[1], prompt_tokens, vectors.tobytes())
+        reply.send("result", encode_embeddings(result))
+        metrics.embedding_requests.labels(self.model).inc()
+        metrics.embedding_texts.labels(self.model).inc(len(texts))
+        metrics.prompt_tokens.labels(self.model).inc(prompt_tokens)
+        return Record(
+            request_id=job.id,
+            type="embedding",
+            key_id=job.key_id,
+            model=self.model,
+            endpoint=job.endpoint,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=0,
+            created_at=job.created_at,
+            finished_at=time.time(),
+            texts=len(texts),
+        )

@@ -1,0 +1,59 @@
+"""A worker's own small HTTP port: `/metrics`, `/health/live`, `/health/ready`."""
+
+import asyncio
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+class Probe:
+    """Serves once started; `ready` is the worker's to set. `port` 0 becomes a free one."""
+
+    def __init__(self, port: int, host: str = "0.0.0.0") -> None:
+        self.port = port
+        self.ready = False
+        app = Starlette(
+            routes=[
+                Route("/metrics", self._metrics),
+                Route("/health/live", self._live),
+                Route("/health/ready", self._readiness),
+            ]
+        )
+        self._server = _QuietServer(uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False))
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises OSError when the port is taken."""
+        self._task = asyncio.create_task(self._server.serve())
+        while not self._server.started:
+            if self._task.done():
+                raise OSError(f"port {self.port} is taken; set METRICS_PORT to another, or to 0")
+            await asyncio.sleep(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+
+    async def _metrics(self, _request: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _live(self, _request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def _readiness(self, _request: Request) -> Response:
+        return JSONResponse({"ready": self.ready}, status_code=200 if self.ready else 503)
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: a worker drains before its probe goes."""
+
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        from contextlib import nullcontext
+
+        return nullcontext()

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -55,13 +56,24 @@ class Waiter:
 
 
 class Inbox:
-    """One process's reply queue. `waiting` holds the requests that are not over, by id."""
+    """One process's reply queue. `waiting` holds the requests that are not over, by id.
 
-    def __init__(self, amqp_url: str, name: str, models: list[str], queue_max_jobs: int) -> None:
+    `also_consume` sets up what else the process reads on the same connection.
+    """
+
+    def __init__(
+        self,
+        amqp_url: str,
+        name: str,
+        models: list[str],
+        queue_max_jobs: int,
+        also_consume: Callable[[AmqpLink], Awaitable[None]] | None = None,
+    ) -> None:
         self.queue = topology.replies_queue(f"{name}-{uuid.uuid4().hex[:12]}")
         self.waiting: dict[str, Waiter] = {}
         self._models = models
         self._queue_max_jobs = queue_max_jobs
+        self._also_consume = also_consume
         self.publisher = AmqpLink(amqp_url, f"{name} publish", self._setup_publisher)
         self.consumer = AmqpLink(amqp_url, f"{name} consume", self._setup_consumer, on_lost=self._fail_all)
 
@@ -99,6 +111,8 @@ class Inbox:
     async def _setup_consumer(self, link: AmqpLink) -> None:
         await link.declare_queue(self.queue, exclusive=True)
         await link.consume(self.queue, self._on_frames)
+        if self._also_consume is not None:
+            await self._also_consume(link)
 
     def _on_frames(self, delivery: Delivery) -> None:
         try:

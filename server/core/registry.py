@@ -23,7 +23,7 @@ class ModelSpec(BaseModel):
     """One entry of models.yaml.
 
     `source` is a hub id or a local folder; `engine` takes vLLM's own option names (chat models only).
-    `dimensions`, `query_prompt` and `pooling` override what an embedding model's own files say.
+    A folder starts with `/`, `./`, `../` or `~`. `dimensions`, `query_prompt` and `pooling` override what an embedding model's own files say.
     `stand_in_for` is written by `up` alone, into the smoke profile it makes.
     """
 
@@ -90,6 +90,11 @@ class Registry:
         return model
 
 
+def is_folder(source: str) -> bool:
+    """Whether a `source` is a local folder rather than a hub's id."""
+    return source.startswith(("/", "./", "../", "~"))
+
+
 def _line_of(root: yaml.Node | None, path: tuple[int | str, ...]) -> int:
     """The line (from 1) of the node at `path`, or of the last node on the way there."""
     line = 1
@@ -131,6 +136,14 @@ def _check_unique(models: list[ModelSpec], path: Path, root: yaml.Node) -> None:
             raise BadSettings(f"{path}:{line}: engine: is for chat models; {model.id!r} is an embedding model")
 
 
+def _anchored(model: ModelSpec, folder: Path) -> ModelSpec:
+    """The model with its local folder's full path: relative ones start at models.yaml."""
+    if not is_folder(model.source):
+        return model
+    source = (folder / Path(model.source).expanduser()).resolve()
+    return model.model_copy(update={"source": str(source)})
+
+
 def load_registry(path: Path) -> Registry:
     """Read models.yaml. Raises BadSettings as `FILE:LINE: what is wrong`."""
     try:
@@ -151,4 +164,4 @@ def load_registry(path: Path) -> Registry:
         raise BadSettings(f"{path}:{_line_of(root, error['loc'])}: {where}: {what}") from exc
     assert root is not None
     _check_unique(models, path, root)
-    return Registry(tuple(model for model in models if model.enabled))
+    return Registry(tuple(_anchored(model, path.parent) for model in models if model.enabled))

@@ -1,0 +1,118 @@
+"""The server's command line: `python -m server serve|up|keys|migrate`."""
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from server.app import create_app
+from server.auth import hash_key, new_key
+from server.core import logging as json_logging
+from server.core.errors import ServiceError
+from server.core.registry import load_registry
+from server.core.settings import BadSettings, Settings, load_settings
+from server.db.pool import migrate
+from server.supervisor import Supervisor, open_store
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m server",
+        description="The Qwen3 inference service. Settings come from the environment; the README lists them.",
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    text = "start everything on this machine"
+    up = commands.add_parser("up", help=text, description=text)
+    up.add_argument("--data-dir", type=Path, metavar="DIR", help="database, broker, logs, made models (DATA_DIR)")
+    text = "serve the API; workers, broker and database run elsewhere"
+    serve = commands.add_parser("serve", help=text, description=text)
+    for command in (up, serve):
+        command.add_argument("--models", type=Path, metavar="FILE", help="the models to serve (MODELS_FILE)")
+        command.add_argument("--host", help="address to listen on (HOST)")
+        command.add_argument("--port", type=int, help="port to listen on (PORT)")
+    text = "make, list and revoke API keys"
+    keys = commands.add_parser("keys", help=text, description=text)
+    keys.add_argument("--data-dir", type=Path, metavar="DIR", help="of the ./run whose keys these are (DATA_DIR)")
+    actions = keys.add_subparsers(dest="action", required=True)
+    create = actions.add_parser("create", help="make a key and print it, once")
+    create.add_argument("name", help="whose key it is")
+    actions.add_parser("list", help="every key, without the key itself")
+    revoke = actions.add_parser("revoke", help="let a key in no longer")
+    revoke.add_argument("id", type=int)
+    text = "bring the database's schema up to date"
+    migration = commands.add_parser("migrate", help=text, description=text)
+    migration.add_argument("--data-dir", type=Path, metavar="DIR", help="of the ./run to migrate (DATA_DIR)")
+    return top
+
+
+def _database_url(settings: Settings) -> str:
+    """DATABASE_URL, or that of the service running over the data directory. Raises BadSettings."""
+    if settings.database_url:
+        return settings.database_url
+    path = settings.data_dir / "addresses.json"
+    try:
+        return str(json.loads(path.read_text())["database_url"])
+    except (OSError, ValueError, KeyError) as exc:
+        raise BadSettings(f"DATABASE_URL is not set, and no ./run has left its address in {path}.") from exc
+
+
+async def _keys(args: argparse.Namespace, settings: Settings) -> int:
+    async with open_store(_database_url(settings)) as store:
+        if args.action == "create":
+            key = new_key()
+            key_id = await store.create_key(args.name, hash_key(key))
+            print(f"{key}\nKey {key_id} for {args.name}. It is shown this once: only its hash is kept.")
+        elif args.action == "list":
+            for row in await store.list_keys():
+                state = f"revoked {row['revoked_at']:%Y-%m-%d}" if row["revoked_at"] else "valid"
+                role = "admin" if row["is_admin"] else "user"
+                print(f"{row['id']:6}  {state:18}  {role:6}  {row['created_at']:%Y-%m-%d}  {row['name']}")
+        elif not await store.revoke_key(args.id):
+            raise BadSettings(f"There is no key {args.id}: see `python -m server keys list`.")
+    return 0
+
+
+def _serve(settings: Settings) -> int:
+    for name in ("database_url", "amqp_url"):
+        if not getattr(settings, name):
+            raise BadSettings(f"{name.upper()} is not set. The server needs it; ./run starts everything itself.")
+    app = create_app(settings, load_registry(settings.models_file))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+def main() -> int:
+    args = parser().parse_args()
+    given = {name: getattr(args, name, None) for name in ("host", "port", "data_dir")}
+    try:
+        settings = load_settings(models_file=getattr(args, "models", None), **given)
+        if args.command == "up":
+            json_logging.configure("ERROR", "up")
+            return asyncio.run(Supervisor(settings).run())
+        json_logging.configure(settings.log_level, "server")
+        if args.command == "serve":
+            return _serve(settings)
+        if args.command == "keys":
+            return asyncio.run(_keys(args, settings))
+        print("\n".join(migrate(_database_url(settings))) or "The schema is up to date.")
+        return 0
+    except ServiceError as exc:
+        print(f"error: {exc.message}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The API server's application: what is alive while it runs, and what is served where."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Security
+from fastapi.openapi.utils import get_openapi
+from fastapi.security import HTTPBearer
+
+from server import exporter
+from server.auth import ensure_keys
+from server.core.registry import Registry
+from server.core.settings import Settings
+from server.db.pool import make_pool
+from server.db.store import Store
+from server.dispatch import Dispatcher
+from server.errors import add_error_handlers
+from server.middleware import PREFIX, Accounting
+from server.routes import health, history, inference
+
+VERSION = "0.1.0"
+
+
+def create_app(settings: Settings, registry: Registry) -> FastAPI:
+    """The application; it connects when it is started, and needs a migrated database."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        pool = make_pool(settings.database_url)
+        await pool.open(wait=True)
+        app.state.store = Store(pool)
+        app.state.dispatcher = Dispatcher(settings, registry)
+        await ensure_keys(app.state.store, settings)
+        await app.state.dispatcher.inbox.start()
+        try:
+            yield
+        finally:
+            await app.state.dispatcher.inbox.close()
+            await pool.close()
+
+    app = FastAPI(title="Qwen3 inference service", version=VERSION, lifespan=lifespan)
+    app.state.settings, app.state.registry = settings, registry
+    app.add_middleware(Accounting)
+    add_error_handlers(app)
+    # For the document only: KeyedRoute lets nobody past without a key.
+    keyed: list[Any] = [Security(HTTPBearer(auto_error=False, description="Your API key"))]
+    for prefix in ("", PREFIX):
+        documented = not prefix
+        app.include_router(health.router, prefix=prefix, include_in_schema=documented)
+        app.include_router(exporter.router, prefix=prefix, include_in_schema=documented)
+        app.include_router(inference.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
+        app.include_router(history.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without the 422 that the framework promises and this service never gives."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        app.openapi_schema = document
+    return app.openapi_schema
+

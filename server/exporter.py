@@ -1,0 +1,88 @@
+"""The server's `/metrics`, and the state that is read at the scrape: queues, workers, history."""
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from server.core import topology
+from server.core.errors import BrokerUnavailable
+from server.core.messages import Lane
+from server.dispatch import Dispatcher
+
+router = APIRouter(tags=["service"])
+
+LANES: tuple[Lane, ...] = ("interactive", "batch")
+SCRAPE_TIMEOUT_S = 3.0
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    models = [model.id for model in request.app.state.registry.models]
+    families = [*await _queues(dispatcher, models), *_oldest(dispatcher, models), *_workers(dispatcher)]
+    return Response(generate_latest() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Once:
+    """A registry of what was just read."""
+
+    def __init__(self, families: list[GaugeMetricFamily]) -> None:
+        self._families = families
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        return self._families
+
+
+async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
+    """Depth and consumers, asked of the broker. Nothing, while the broker is not there."""
+    depth = GaugeMetricFamily("qwen3_queue_messages", "Jobs waiting in the broker", labels=["model", "lane"])
+    consumers = GaugeMetricFamily("qwen3_queue_consumers", "Workers on a queue", labels=["model", "lane"])
+    history = GaugeMetricFamily("qwen3_history_queue_messages", "Finished requests waiting for Postgres")
+    dead = GaugeMetricFamily("qwen3_dead_letters", "Messages given up on")
+    link = dispatcher.inbox.publisher
+    try:
+        async with asyncio.timeout(SCRAPE_TIMEOUT_S):
+            for model in models:
+                for lane in LANES:
+                    ready, count = await link.declare_queue(topology.jobs_queue(model, lane), passive=True)
+                    depth.add_metric([model, lane], ready)
+                    consumers.add_metric([model, lane], count)
+            history.add_metric([], (await link.declare_queue(topology.HISTORY, passive=True))[0])
+            dead.add_metric([], (await link.declare_queue(topology.DEAD, passive=True))[0])
+    except (BrokerUnavailable, TimeoutError):
+        return []
+    return [depth, consumers, history, dead]
+
+
+def _oldest(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
+    age = GaugeMetricFamily(
+        "qwen3_queue_oldest_age_seconds", "Age of this server's oldest request no worker has taken", labels=["model"]
+    )
+    now = time.time()
+    oldest = dict.fromkeys(models, now)
+    for model, created_at in dispatcher.queued():
+        oldest[model] = min(oldest.get(model, now), created_at)
+    for model, created_at in oldest.items():
+        age.add_metric([model], now - created_at)
+    return [age]
+
+
+def _workers(dispatcher: Dispatcher) -> list[GaugeMetricFamily]:
+    ready = GaugeMetricFamily("qwen3_workers_ready", "Live workers that are ready", labels=["type", "model"])
+    running = GaugeMetricFamily("qwen3_worker_running", "Jobs in the workers' hands", labels=["type", "model"])
+    lag = GaugeMetricFamily("qwen3_history_last_lag_seconds", "From the end of the last request written to its row")
+    totals: dict[tuple[str, str], tuple[int, int]] = {}
+    for worker in dispatcher.fleet.workers():
+        key = (worker.type, worker.model)
+        count, jobs = totals.get(key, (0, 0))
+        totals[key] = (count + worker.ready, jobs + worker.running)
+        if worker.type == "archive":
+            lag.add_metric([], worker.lag_s)
+    for (type_, model), (count, jobs) in totals.items():
+        ready.add_metric([type_, model], count)
+        running.add_metric([type_, model], jobs)
+    return [ready, running, lag] if lag.samples else [ready, running]

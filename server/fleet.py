@@ -1,0 +1,37 @@
+"""Which workers live, as they say it themselves once a second. The truth behind `/health` and admission."""
+
+import time
+import uuid
+
+from server.core import topology
+from server.core.amqp import AmqpLink, Delivery
+from server.core.messages import Status, WorkerType, decode
+
+STALE_S = 5.0
+"""A worker not heard of for this long counts as gone: five beats missed."""
+
+
+class Fleet:
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[float, Status]] = {}
+
+    async def consume(self, link: AmqpLink) -> None:
+        queue = f"status.{uuid.uuid4().hex[:12]}"
+        await link.declare_fanout(topology.STATUS)
+        await link.declare_queue(queue, exclusive=True)
+        await link.bind(queue, topology.STATUS)
+        await link.consume(queue, self._on_status)
+
+    def _on_status(self, delivery: Delivery) -> None:
+        status = decode(Status, delivery.body)
+        self._seen[status.worker] = (time.monotonic(), status)
+
+    def workers(self) -> list[Status]:
+        """The workers heard of lately, by name; forgets the others."""
+        oldest = time.monotonic() - STALE_S
+        self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= oldest}
+        return [self._seen[name][1] for name in sorted(self._seen)]
+
+    def has(self, type_: WorkerType, model: str = "") -> bool:
+        """Whether a live worker of this type (and model, if it has one) is ready."""
+        return any(w.ready and w.type == type_ and w.model == model for w in self.workers())

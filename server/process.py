@@ -1,0 +1,76 @@
+"""Child processes that never outlive their parent, each with its log."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h: the signal a process gets when its parent dies."""
+
+
+@dataclass(slots=True)
+class Child:
+    """A running child; it leads a process group of its own."""
+
+    name: str
+    argv: list[str]
+    process: asyncio.subprocess.Process
+    log: Path
+
+    @property
+    def exited(self) -> bool:
+        return self.process.returncode is not None
+
+    async def stop(self, timeout_s: float) -> None:
+        """SIGTERM, then after `timeout_s` SIGKILL; what it started goes with it."""
+        if not self.exited:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), timeout_s)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.process.wait()
+
+    def tail(self, lines: int = 15) -> str:
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - 16384))
+                return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return "(no log)"
+
+
+async def start(
+    name: str, argv: list[str], environment: dict[str, str], log: Path, cores: set[int] | None = None
+) -> Child:
+    """Start a child with `environment` added to this process's, its output appended to `log`.
+
+    `cores` confines it to these; None leaves it free.
+    """
+
+    def before_exec() -> None:
+        # Its own group keeps the terminal's Ctrl-C from it: the parent decides the order of stopping.
+        os.setsid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            env={**os.environ, **environment},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=asyncio.subprocess.STDOUT,
+            preexec_fn=before_exec,
+        )
+    return Child(name, argv, process, log)

@@ -1,0 +1,93 @@
+"""`/health` and its two short forms. They need no key and tell what is so at this moment."""
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Literal
+
+from fastapi import APIRouter, Request, Response
+
+from server.core.errors import DatabaseUnavailable
+from server.core.registry import ModelType, Registry
+from server.fleet import Fleet
+from server.schemas.service import Health, WorkerHealth
+
+router = APIRouter(tags=["service"])
+
+PING_TIMEOUT_S = 3.0
+
+
+async def _database_connected(request: Request) -> bool:
+    try:
+        await asyncio.wait_for(request.app.state.store.ping(), PING_TIMEOUT_S)
+    except (DatabaseUnavailable, TimeoutError):
+        return False
+    return True
+
+
+async def check(request: Request) -> Health:
+    """Unhealthy: chat cannot work. Degraded: chat works, but something else does not."""
+    state = request.app.state
+    fleet: Fleet = state.dispatcher.fleet
+    registry: Registry = state.registry
+    chat, embedding = _loaded(fleet, registry, "chat"), _loaded(fleet, registry, "embedding")
+    rabbitmq = state.dispatcher.connected
+    database = await _database_connected(request)
+    status: Literal["healthy", "degraded", "unhealthy"]
+    if not (chat and rabbitmq and database):
+        status = "unhealthy"
+    elif not (embedding and fleet.has("archive") and all(fleet.has(m.type, m.id) for m in registry.models)):
+        status = "degraded"
+    else:
+        status = "healthy"
+    now = time.time()
+    workers = [
+        WorkerHealth(
+            worker=w.worker,
+            type=w.type,
+            model=w.model,
+            ready=w.ready,
+            running=w.running,
+            waiting=w.waiting,
+            tokens_per_s=w.tokens_per_s,
+            seconds_since_progress=round(now - w.progress_at, 1) if w.progress_at else None,
+        )
+        for w in fleet.workers()
+    ]
+    return Health(
+        status=status,
+        model_loaded=chat,
+        embedding_model_loaded=embedding,
+        rabbitmq_connected=rabbitmq,
+        database_connected=database,
+        workers=workers,
+        notes=[m.description for m in registry.models if m.stand_in_for],
+        timestamp=datetime.now(UTC),
+    )
+
+
+def _loaded(fleet: Fleet, registry: Registry, type_: ModelType) -> bool:
+    default = registry.default(type_)
+    return default is not None and fleet.has(type_, default.id)
+
+
+@router.get("/health", responses={503: {"model": Health, "description": "Unhealthy"}})
+async def health(request: Request, response: Response) -> Health:
+    """Whether the service works, part by part."""
+    result = await check(request)
+    response.status_code = 503 if result.status == "unhealthy" else 200
+    return result
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """Whether this process runs."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready", responses={503: {"description": "Not ready for requests"}})
+async def ready(request: Request, response: Response) -> dict[str, str]:
+    """Whether this process should be sent requests."""
+    result = await check(request)
+    response.status_code = 503 if result.status == "unhealthy" else 200
+    return {"status": "not ready" if result.status == "unhealthy" else "ready"}

@@ -1,0 +1,84 @@
+"""Server-sent events: the wire format, keep-alives, and noticing that the reader left."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 15.0
+"""Below the idle timeouts of common proxies (nginx: 60 s)."""
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: bytes) -> bytes:
+    """One event. `data` is JSON without line breaks."""
+    return b"data: " + data + b"\n\n"
+
+
+class SseResponse(Response):
+    """Sends events as they come and closes their generator when the reader leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        self._events = events
+        # X-Accel-Buffering keeps nginx from collecting the stream before it passes it on.
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send(send))
+        watching = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        except OSError as exc:
+            raise ClientDisconnect from exc
+        finally:
+            sending.cancel()
+            watching.cancel()
+            await asyncio.gather(sending, watching, return_exceptions=True)
+            await self._events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        following = asyncio.ensure_future(anext(self._events, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE_S)
+                body = following.result() if done else b": keep-alive\n\n"
+                if body is None:
+                    break
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                if done:
+                    following = asyncio.ensure_future(anext(self._events, None))
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; cancels it and raises ClientDisconnect when the client leaves first."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)

@@ -66,4 +66,3 @@ def _document(app: FastAPI) -> dict[str, Any]:
             document["components"]["schemas"].pop(unused, None)
         app.openapi_schema = document
     return app.openapi_schema
-

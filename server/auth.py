@@ -120,6 +120,8 @@ class KeyedRoute(APIRoute):
             # Clients that forget the header mean JSON: nothing else is taken here.
             headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
             request.scope["headers"] = [*headers, (b"content-type", b"application/json")]
-            return await handle(JsonRequest(request.scope, request.receive))
+            bounded = JsonRequest(request.scope, request.receive)
+            await bounded.body()  # here, because the framework turns what it raises into its own 400
+            return await handle(bounded)
 
         return keyed

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server.core.errors import ServiceError
+from server.schemas.common import TAGS
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def describe(errors: Any) -> str:
     for error in errors[:MAX_SHOWN]:
         if error["type"] == "json_invalid":
             return f"The body is not valid JSON: {error['ctx']['error']}."
-        where = ".".join(str(step) for step in error["loc"][1:])
+        where = ".".join(str(step) for step in error["loc"][1:] if step not in TAGS)
         if not where and error["type"] == "missing":
             return error["msg"] if ":" in error["msg"] else "The body is missing: send a JSON object."
         got = error.get("input")

@@ -93,7 +93,9 @@ def write_smoke_profile(registry: Registry, missing: list[str], smoke_chat: Path
     if lost_embedding:
         models.append(_smoke_embedding(lost_embedding))
     entries = [spec.model_dump(mode="json", exclude_defaults=True) for spec in models]
-    out.write_text("# Made by `python -m server up`: stand-ins for models without weights.\n" + yaml.safe_dump({"models": entries}))
+    out.write_text(
+        "# Made by `python -m server up`: stand-ins for models without weights.\n" + yaml.safe_dump({"models": entries})
+    )
     return Registry(tuple(models))
 
 

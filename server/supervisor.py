@@ -7,6 +7,7 @@ done, how far it is, and at the end one line that says the service is ready.
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 
@@ -24,7 +26,7 @@ from server.core.registry import Registry, load_registry
 from server.core.settings import BadSettings, Settings
 from server.db.pool import make_pool, migrate
 from server.db.store import Store
-from server.private import PrivatePostgres, PrivateRabbitMQ, free_port
+from server.private import PrivatePostgres, PrivateRabbitMQ
 from server.process import Child, start
 from server.sources import Sources, download, explain, locate_all, write_smoke_profile
 
@@ -96,7 +98,7 @@ class Supervisor:
         await self._watch(plan)
         return 1
 
-    def _lock(self) -> "object":
+    def _lock(self) -> TextIO:
         file = (self._folder / "lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,8 +127,6 @@ class Supervisor:
     async def _smoke_chat(self, registry: Registry, missing: list[str]) -> Path:
         """Build the tiny Qwen3 if it is needed and not there; returns its folder."""
         recipe = Path(__file__).parent.parent / "workers" / "smoke.py"
-        import hashlib
-
         folder = self._folder / "smoke" / hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]
         if (folder / "config.json").exists() or not any(s.id in missing for s in registry.of_type("chat")):
             return folder
@@ -178,7 +178,9 @@ class Supervisor:
     def _plan(self, registry: Registry, models_file: Path, database_url: str, amqp_url: str) -> Plan:
         commands = {f"chat {s.id}": ["workers", "chat", "--model", s.id] for s in registry.of_type("chat")}
         commands["server"] = ["server", "serve"]
-        commands |= {f"embedding {s.id}": ["workers", "embedding", "--model", s.id] for s in registry.of_type("embedding")}
+        commands |= {
+            f"embedding {s.id}": ["workers", "embedding", "--model", s.id] for s in registry.of_type("embedding")
+        }
         commands["archive"] = ["workers", "archive"]
         environment = {
             "MODELS_FILE": str(models_file),
@@ -209,7 +211,9 @@ class Supervisor:
             while time.monotonic() - began < READY_TIMEOUT_S:
                 for child in self._children.values():
                     if child.exited:
-                        raise BadSettings(f"{child.name} stopped while starting. The end of {child.log}:\n{child.tail()}")
+                        raise BadSettings(
+                            f"{child.name} stopped while starting. The end of {child.log}:\n{child.tail()}"
+                        )
                 waiting = await self._waiting_for(client, registry)
                 if not waiting:
                     return
@@ -253,11 +257,12 @@ class Supervisor:
             hint = "Key: the first of API_KEY."
         else:
             hint = "Key: the one shown at the first start; `.venv/bin/python -m server keys create NAME` makes another."
+        shown = key or (given[0] if given else "YOUR_API_KEY")
         return (
             f"Ready on {self._url}\n"
             f"  in {took_s:.0f} s. {hint}\n"
             f"  Try:\n"
-            f"    curl {self._url}/chat -H 'Authorization: Bearer {key or (given[0] if given else 'YOUR_API_KEY')}' \\\n"
+            f"    curl {self._url}/chat -H 'Authorization: Bearer {shown}' \\\n"
             f"      -H 'Content-Type: application/json' \\\n"
             f'      -d \'{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}\'\n'
             f"  Ctrl-C stops everything."
@@ -277,7 +282,8 @@ class Supervisor:
                 delay = delays.get(name, 1.0)
                 delays[name] = min(delay * 2, RESTART_MAX_S)
                 child = self._children[name]
-                say(f"{name} ended with status {child.process.returncode}; starting it again in {delay:.0f} s. Log: {child.log}")
+                status = child.process.returncode
+                say(f"{name} ended with status {status}; starting it again in {delay:.0f} s. Log: {child.log}")
                 await child.stop(timeout_s=1)  # what it left of its process group
                 await asyncio.sleep(delay)
                 await self._start(name, plan)
@@ -287,7 +293,11 @@ class Supervisor:
         timeout_s = self._settings.drain_timeout_s + 10
         children, self._children = self._children, {}
         order = sorted(children, key=lambda name: (name != "server", name == "archive"))
-        for phase in ([n for n in order if n == "server"], [n for n in order if n not in ("server", "archive")], ["archive"]):
+        for phase in (
+            [n for n in order if n == "server"],
+            [n for n in order if n not in ("server", "archive")],
+            ["archive"],
+        ):
             await asyncio.gather(*(children[name].stop(timeout_s) for name in phase if name in children))
 
 

@@ -37,7 +37,7 @@ EMBED_TIMEOUT_S = 120.0
 
 def searchable_text(messages: list[dict[str, Any]]) -> str:
     """What of a chat its vector is made of: the last thing asked, and the answer."""
-    asked = next((m for m in reversed(messages) if m.get("role") == "user"), {})
+    asked: dict[str, Any] = next((m for m in reversed(messages) if m.get("role") == "user"), {})
     answered = messages[-1] if messages and messages[-1].get("role") == "assistant" else {}
     return "\n".join(filter(None, (_plain(asked.get("content")), _plain(answered.get("content"))))) or " "
 
@@ -73,8 +73,8 @@ class Archivist:
         await self._pool.open()
         await self._inbox.start()
         await self._history.start()
-        if self._embedding is not None:
-            await self._retry(lambda: self._store.requeue_vectors(self._embedding.id))  # type: ignore[union-attr]
+        if (embedding := self._embedding) is not None:
+            await self._retry(lambda: self._store.requeue_vectors(embedding.id))
         tasks = [asyncio.create_task(job) for job in (self._beacon.run(), self._write_all(), self._embed_all())]
         stopped = asyncio.create_task(stopping.wait())
         self.probe.ready = True

@@ -7,6 +7,7 @@ knows nothing of queues, keys or history.
 import json
 import logging
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ CPU_DEFAULTS: dict[str, Any] = {
 }
 """Where there is no GPU. Compiling costs minutes of start on few cores; vLLM would size the KV cache by a
 share of all memory. What models.yaml says wins."""
+
+
+TEMPLATE_TOKENS = 1024
+"""More than any chat template adds around the messages."""
 
 
 class EngineDied(ServiceError):
@@ -72,11 +77,14 @@ class ChatEngine:
 
         try:
             request = ChatCompletionRequest(**body, request_id=request_id)
+            await self._check_fits(request, body)
             response = await self._state.openai_serving_chat.create_chat_completion(request, None)
         except ValidationError as exc:
             first = exc.errors()[0]
             param = ".".join(str(step) for step in first["loc"])
             raise InvalidRequest(f"{param}: {first['msg']}", param=param) from exc
+        except InvalidRequest:
+            raise
         except Exception as exc:
             # vLLM's own table of which exception is whose fault. What is not the caller's is logged
             # here and told without its text.
@@ -86,8 +94,30 @@ class ChatEngine:
                 logger.exception("generation failed", extra={"action": "generate", "request_id": request_id})
                 raise from_status(response.error.code, "The engine failed on this request.") from exc
         if isinstance(response, ErrorResponse):
-            raise from_status(response.error.code, response.error.message, response.error.param)
+            message = re.sub(r" \(parameter=\w+, value=.*\)$", "", response.error.message)
+            raise from_status(response.error.code, message, response.error.param)
         return response
+
+    async def _check_fits(self, request: Any, body: dict[str, Any]) -> None:
+        """Refuse a `max_tokens` that the prompt leaves no room for; vLLM would quietly give fewer tokens.
+
+        A byte is at least a token's worth of text, so most requests are let through without a count.
+        """
+        limit: int = self._client.model_config.max_model_len
+        wanted: int = request.max_tokens or 0
+        most = len(json.dumps([body["messages"], body.get("tools")])) + TEMPLATE_TOKENS
+        if wanted > limit or most + wanted <= limit:
+            return  # refused by vLLM itself, or sure to fit
+        rendered = await self._state.openai_serving_chat.render_chat_request(request.model_copy(deep=True))
+        if not isinstance(rendered, tuple):
+            return  # a refusal, which the request itself meets as well
+        prompt = len(rendered[1][0]["prompt_token_ids"])
+        if prompt + wanted > limit:
+            raise InvalidRequest(
+                f"max_tokens: {wanted} tokens do not fit after a prompt of {prompt} in a context of {limit}. "
+                f"Ask for at most {limit - prompt}.",
+                param="max_tokens",
+            )
 
     def _check_alive(self) -> None:
         if self._client.errored:

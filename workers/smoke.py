@@ -149,8 +149,8 @@ def build_tokenizer() -> Any:
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKER_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token=SPECIAL_TOKENS[2],
+        pad_token=SPECIAL_TOKENS[0],
         chat_template=CHAT_TEMPLATE,
         model_max_length=CONTEXT_LENGTH,
     )

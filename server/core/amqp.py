@@ -136,13 +136,16 @@ class AmqpLink:
 
     def ack(self, delivery: Delivery) -> None:
         """Done with it. After a reconnection this does nothing: the broker delivers the message again."""
-        if delivery.channel is self._channel and delivery.channel.is_open:
+        if self._is_current(delivery):
             delivery.channel.basic_ack(delivery.tag)
 
     def reject(self, delivery: Delivery, *, requeue: bool) -> None:
         """Give it back (`requeue`), or to the dead letters."""
-        if delivery.channel is self._channel and delivery.channel.is_open:
+        if self._is_current(delivery):
             delivery.channel.basic_reject(delivery.tag, requeue=requeue)
+
+    def _is_current(self, delivery: Delivery) -> bool:
+        return self._channel is not None and delivery.channel is self._channel and bool(self._channel.is_open)
 
     async def declare_jobs(self, model: str, max_length: int) -> None:
         for lane in ("interactive", "batch"):
@@ -244,8 +247,12 @@ class AmqpLink:
         def on_channel(channel: Channel) -> None:
             channel.add_on_close_callback(on_channel_closed)
             channel.add_on_return_callback(lambda _ch, method, _props, _body: self._on_return(method.routing_key))
-            channel.confirm_delivery(self._on_confirm, callback=lambda _frame: opened.done() or opened.set_result(None))
+            channel.confirm_delivery(self._on_confirm, callback=on_confirms)
             self._channel = channel
+
+        def on_confirms(_frame: object) -> None:
+            if not opened.done():
+                opened.set_result(None)
 
         def on_channel_closed(_channel: Channel, reason: BaseException) -> None:
             # A channel the broker closed (bad arguments, an ack timeout) takes its connection with it:

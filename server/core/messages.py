@@ -23,8 +23,8 @@ class Job:
     """One request on its way to a worker.
 
     `body` has OpenAI's shape (chat completion or embeddings). `created_at` and `deadline` are in Unix
-    seconds: a job past its deadline is dropped, never generated. `recorded` is false for the service's own work (vectors of chats,
-    queries of `/chat/similar`), which is neither history nor usage.
+    seconds: a job past its deadline is dropped, never generated. `recorded` is false for the service's
+    own work (vectors of chats, queries of `/chat/similar`), which is neither history nor usage.
     """
 
     id: str

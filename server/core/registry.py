@@ -22,9 +22,9 @@ ModelType = Literal["chat", "embedding"]
 class ModelSpec(BaseModel):
     """One entry of models.yaml.
 
-    `source` is a hub id or a local folder; `engine` takes vLLM's own option names (chat models only).
-    A folder starts with `/`, `./`, `../` or `~`. `dimensions`, `query_prompt` and `pooling` override what an embedding model's own files say.
-    `stand_in_for` is written by `up` alone, into the smoke profile it makes.
+    `source` is a hub id or a local folder (it starts with `/`, `./`, `../` or `~`); `engine` takes vLLM's
+    own option names (chat models only). `dimensions`, `query_prompt` and `pooling` override what an
+    embedding model's own files say. `stand_in_for` is written by `up` alone, into the smoke profile it makes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from pgvector import HalfVector
-from psycopg.abc import Query
-from psycopg.rows import DictRow
 
 from server.core.messages import Record
 from server.db.pool import Pool, connection
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class Store:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         folder = Path(__file__).parent / "queries"
-        self._queries: dict[str, Query] = {path.stem: path.read_bytes() for path in folder.glob("*.sql")}
+        self._queries: dict[str, bytes] = {path.stem: path.read_bytes() for path in folder.glob("*.sql")}
 
-    async def _rows(self, query: str, parameters: dict[str, Any] | None = None) -> list[DictRow]:
+    async def _rows(self, query: str, parameters: dict[str, Any] | None = None) -> list[Row]:
         async with connection(self._pool) as conn:
             cursor = await conn.execute(self._queries[query], parameters)
             return await cursor.fetchall()
@@ -81,7 +81,7 @@ class Store:
         rows = await self._rows("create_key", {"name": name, "hash": hash_, "is_admin": is_admin})
         return int(rows[0]["id"]) if rows else None
 
-    async def list_keys(self) -> list[DictRow]:
+    async def list_keys(self) -> list[Row]:
         return await self._rows("list_keys")
 
     async def revoke_key(self, key_id: int) -> bool:
@@ -103,7 +103,7 @@ class Store:
             written += (await self._rows("write_embeddings", columns))[0]["count"]
         return written
 
-    async def pending_chats(self, limit: int) -> list[DictRow]:
+    async def pending_chats(self, limit: int) -> list[Row]:
         """Chats without a vector: rows of `id, key_id, messages`."""
         return await self._rows("pending_chats", {"limit": limit})
 
@@ -113,7 +113,7 @@ class Store:
     async def requeue_vectors(self, model: str) -> int:
         return await self._execute("requeue_vectors", {"model": model})
 
-    async def write_vectors(self, chats: list[DictRow], model: str, vectors: NDArray[np.float32]) -> None:
+    async def write_vectors(self, chats: list[Row], model: str, vectors: NDArray[np.float32]) -> None:
         """`vectors`: float32 (n_chats, dimensions), in the order of `chats`."""
         await self._execute(
             "write_vectors",
@@ -125,7 +125,7 @@ class Store:
             },
         )
 
-    async def similar(self, key_id: int, query: SimilarQuery) -> list[DictRow]:
+    async def similar(self, key_id: int, query: SimilarQuery) -> list[Row]:
         """The key's most similar chats, best first: rows of `id, session_id, messages, created_at, similarity`."""
         return await self._rows(
             "similar",
@@ -139,7 +139,7 @@ class Store:
             },
         )
 
-    async def history(self, key_id: int, filter_: HistoryFilter) -> list[DictRow]:
+    async def history(self, key_id: int, filter_: HistoryFilter) -> list[Row]:
         """The key's chats, newest first."""
         return await self._rows(
             "history",
@@ -152,7 +152,7 @@ class Store:
             },
         )
 
-    async def sessions(self, key_id: int, limit: int, offset: int) -> list[DictRow]:
+    async def sessions(self, key_id: int, limit: int, offset: int) -> list[Row]:
         """The key's sessions, the last used first."""
         return await self._rows("sessions", {"key_id": key_id, "limit": limit, "offset": offset})
 
@@ -160,7 +160,7 @@ class Store:
         rows = await self._rows("count_sessions", {"key_id": key_id})
         return int(rows[0]["sessions"]) if rows else 0
 
-    async def usage(self, key_id: int) -> list[DictRow]:
+    async def usage(self, key_id: int) -> list[Row]:
         """The key's roll-ups: a row a model and type, with totals, today's and this month's requests (UTC)."""
         today: date = datetime.now(UTC).date()
         return await self._rows("usage", {"key_id": key_id, "today": today})

@@ -60,7 +60,8 @@ def _engine_body(body: ChatRequest, spec: ModelSpec) -> dict[str, Any]:
         "messages": [message.model_dump() for message in body.messages],
         "max_tokens": body.max_tokens,
         "temperature": body.temperature,
-        "top_p": body.top_p,
+        # Documented from 0; the engine wants more than 0, and this little keeps one token all the same.
+        "top_p": max(body.top_p, 1e-6),
         "stream": body.stream,
         "chat_template_kwargs": {"enable_thinking": body.enable_thinking},
     }

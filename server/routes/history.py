@@ -3,11 +3,10 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from psycopg.rows import DictRow
 
 from server.auth import KeyedRoute
 from server.core.errors import Unavailable
-from server.db.store import HistoryFilter, SimilarQuery, Store
+from server.db.store import HistoryFilter, Row, SimilarQuery, Store
 from server.dialects import native
 from server.dispatch import Call
 from server.routes import KEYED
@@ -43,12 +42,12 @@ async def history(
     return [HistoryEntry(**_without_tokens(row), usage=_usage(row)) for row in rows]
 
 
-def _usage(row: DictRow) -> Usage:
+def _usage(row: Row) -> Usage:
     prompt, completion = row["prompt_tokens"], row["completion_tokens"]
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-def _without_tokens(row: DictRow) -> DictRow:
+def _without_tokens(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in ("prompt_tokens", "completion_tokens")}
 
 

@@ -1,5 +1,7 @@
 """`/chat`, `/embeddings` and `/models` of the service's own dialect."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 
 from server.auth import KeyedRoute
@@ -12,7 +14,10 @@ from server.schemas.service import ModelEntry
 router = APIRouter(tags=["inference"], route_class=KeyedRoute, responses=KEYED)
 
 
-@router.post("/chat", response_model=ChatResponse)
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
+@router.post("/chat", response_model=ChatResponse, responses=STREAM)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """A chat completion. With `stream` the answer is `chat.completion.chunk` events and `[DONE]`."""
     return await native.chat(request, body)

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Tag
+
+from server.schemas.common import MANY, ONE, one_or_many
 
 SessionId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$", examples=["session-123"])]
 """Printable ASCII without spaces: it travels in a header."""
@@ -19,7 +21,10 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[
+        Annotated[str, Tag(ONE)] | Annotated[list[TextPart], Tag(MANY)],
+        one_or_many("a string or a list of text parts"),
+    ]
 
 
 class StreamOptions(BaseModel):
@@ -39,7 +44,7 @@ class ChatRequest(BaseModel):
     model: str | None = Field(None, description="The default chat model if left out", examples=["qwen3-0.6b"])
     max_tokens: int = Field(100, ge=1, le=2**31 - 1, description="Most tokens to generate")
     temperature: float = Field(0.7, ge=0, le=2)
-    top_p: float = Field(0.9, gt=0, le=1)
+    top_p: float = Field(0.9, ge=0, le=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     session_id: SessionId | None = Field(None, description="Groups chats; made if left out")

@@ -2,8 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+from server.schemas.common import MANY, ONE, one_or_many
 
 MAX_TEXTS = 256
 
@@ -20,9 +22,13 @@ class EmbeddingRequest(BaseModel):
     )
 
     text: Text | None = Field(None, examples=["Sample text for embedding"])
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] | None = Field(
-        None, description="OpenAI's name for it: a text or a list of texts"
-    )
+    input: (
+        Annotated[
+            Annotated[Text, Tag(ONE)] | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS), Tag(MANY)],
+            one_or_many("a string or a list of strings"),
+        ]
+        | None
+    ) = Field(None, description="OpenAI's name for it: a text or a list of texts")
     model: str | None = Field(
         None, description="The default embedding model if left out", examples=["qwen3-embedding-0.6b"]
     )

@@ -3,15 +3,17 @@
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from pathlib import Path
 
-import uvicorn
+import uvloop
 
 from server.app import create_app
 from server.auth import hash_key, new_key
 from server.core import logging as json_logging
 from server.core.errors import ServiceError
+from server.core.http import HttpServer
 from server.core.registry import load_registry
 from server.core.settings import BadSettings, Settings, load_settings
 from server.db.pool import migrate
@@ -80,17 +82,14 @@ def _serve(settings: Settings) -> int:
         if not getattr(settings, name):
             raise BadSettings(f"{name.upper()} is not set. The server needs it; ./run starts everything itself.")
     app = create_app(settings, load_registry(settings.models_file))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s),
-    )
-    server = uvicorn.Server(config)
-    server.run()
+    server = HttpServer(app, settings.host, settings.port, settings.drain_timeout_s)
+
+    async def until_stopped() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
+        await server.serve()
+
+    uvloop.run(until_stopped())
     return 0 if server.started else 1
 
 

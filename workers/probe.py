@@ -2,12 +2,13 @@
 
 import asyncio
 
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from server.core.http import HttpServer
 
 
 class Probe:
@@ -23,7 +24,7 @@ class Probe:
                 Route("/health/ready", self._readiness),
             ]
         )
-        self._server = _QuietServer(uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False))
+        self._server = HttpServer(app, host, port)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -48,12 +49,3 @@ class Probe:
 
     async def _readiness(self, _request: Request) -> Response:
         return JSONResponse({"ready": self.ready}, status_code=200 if self.ready else 503)
-
-
-class _QuietServer(uvicorn.Server):
-    """uvicorn without its own signal handlers: a worker drains before its probe goes."""
-
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        from contextlib import nullcontext
-
-        return nullcontext()

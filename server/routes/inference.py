@@ -14,7 +14,12 @@ from server.schemas.service import ModelEntry
 router = APIRouter(tags=["inference"], route_class=KeyedRoute, responses=KEYED)
 
 
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chat.completion.chunk as JSON, at last [DONE]"}},
+    "required": ["data"],
+}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 @router.post("/chat", response_model=ChatResponse, responses=STREAM)

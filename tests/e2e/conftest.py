@@ -1,0 +1,33 @@
+"""One stack for the whole session: an engine takes a minute to start."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.stack import Stack
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder: Path = tmp_path_factory.mktemp("stack")
+    running = Stack(folder / "data")
+    running.folder.mkdir()
+    running.start()
+    yield running
+    status = running.stop()
+    assert status == 0
+    assert running.left_behind() == []
+
+
+@pytest.fixture(scope="module")
+def key(stack: Stack, request: pytest.FixtureRequest) -> str:
+    """A key of this test module's own: what it counts, no other module has done."""
+    return stack.new_key(request.module.__name__)
+
+
+@pytest.fixture
+def client(stack: Stack, key: str) -> Iterator[httpx.Client]:
+    with stack.client(key) as made:
+        yield made

@@ -1,0 +1,41 @@
+"""schemathesis against the server's own OpenAPI document: nothing it can think of gives an undocumented answer."""
+
+import subprocess
+import sys
+
+import httpx
+
+from tests.stack import PROJECT, Stack
+
+
+def test_the_document_promises_what_the_server_does(stack: Stack) -> None:
+    # Given the server's own document
+    document = httpx.get(f"{stack.url}/openapi.json").json()
+    assert {"/chat", "/embeddings", "/models", "/usage", "/health"} <= set(document["paths"])
+    assert all("422" not in op["responses"] for path in document["paths"].values() for op in path.values())
+    # When requests are generated from it, good and bad ones, on every path
+    done = subprocess.run(
+        [
+            str(PROJECT / ".venv/bin/schemathesis") if not sys.executable else f"{sys.prefix}/bin/schemathesis",
+            "run",
+            f"{stack.url}/openapi.json",
+            "--header",
+            f"Authorization: Bearer {stack.new_key('schemathesis')}",
+            "--checks",
+            "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+            "--max-examples",
+            "40",
+            "--seed",
+            "1",
+            "--request-timeout",
+            "60",
+            "--no-color",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    # Then no answer is a 5xx, undocumented, or of another shape than documented
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    # And the service is as well as before
+    assert httpx.get(f"{stack.url}/health").json()["status"] == "healthy"

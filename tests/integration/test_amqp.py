@@ -1,0 +1,111 @@
+"""The broker link against a real RabbitMQ."""
+
+import asyncio
+import secrets
+
+import pytest
+
+from server.core import topology
+from server.core.amqp import AmqpLink, Delivery
+from server.core.errors import BrokerUnavailable, QueueFull
+
+
+async def nothing(link: AmqpLink) -> None:
+    """A set-up that declares nothing."""
+
+
+async def until(check: object, timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not check():  # type: ignore[operator]
+            await asyncio.sleep(0.02)
+
+
+async def test_a_full_queue_refuses_and_takes_again(amqp_url: str) -> None:
+    # Given a queue for two jobs
+    model = secrets.token_hex(4)
+    link = AmqpLink(amqp_url, "test", lambda own: own.declare_jobs(model, 2))
+    await link.start()
+    queue = topology.jobs_queue(model, "interactive")
+    # When more come than it holds
+    outcomes = await asyncio.gather(*(link.publish(queue, b"x") for _ in range(12)), return_exceptions=True)
+    # Then it refuses the surplus: quorum queues check after the fact, so a few more than two may get in
+    refused = [outcome for outcome in outcomes if isinstance(outcome, QueueFull)]
+    assert len(refused) >= 5
+    with pytest.raises(QueueFull):
+        await link.publish(queue, b"x")
+    # And takes new ones once it was emptied
+    await link.consume(queue, lambda delivery: link.ack(delivery), prefetch=50)
+    await asyncio.sleep(0.5)
+    await link.publish(queue, b"y")
+    await link.close()
+
+
+async def test_an_unacked_job_is_delivered_again_until_it_is_dead(amqp_url: str) -> None:
+    # Given a job, and a consumer that gives it back each time
+    model = secrets.token_hex(4)
+    attempts: list[int] = []
+    dead: list[bytes] = []
+
+    def give_back(delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        link.reject(delivery, requeue=True)
+
+    async def setup(own: AmqpLink) -> None:
+        await own.declare_queue(topology.DEAD)
+        await own.declare_jobs(model, 10)
+
+    link = AmqpLink(amqp_url, "test", setup)
+    await link.start()
+    body = secrets.token_bytes(8)
+    await link.publish(topology.jobs_queue(model, "interactive"), body)
+    # When it is consumed
+    await link.consume(topology.jobs_queue(model, "interactive"), give_back, prefetch=1)
+    await link.consume(topology.DEAD, lambda delivery: dead.append(delivery.body))
+    # Then it comes again with its number of attempts, and at last goes to the dead letters
+    await until(lambda: body in dead)
+    assert attempts == list(range(1, topology.DELIVERY_LIMIT + 2))
+    await link.close()
+
+
+async def test_a_lost_connection_comes_back_with_its_consumers(amqp_url: str) -> None:
+    # Given a link that consumes a durable queue
+    name = f"test-{secrets.token_hex(4)}"
+    got: list[Delivery] = []
+    lost: list[bool] = []
+
+    async def setup(own: AmqpLink) -> None:
+        await own.declare_queue(name)
+        await own.consume(name, got.append, prefetch=10)
+
+    link = AmqpLink(amqp_url, "test", setup, on_lost=lambda: lost.append(True))
+    await link.start()
+    await link.publish(name, b"first")
+    await until(lambda: got)
+    # When its connection is cut under it
+    link._connection._transport.abort()  # type: ignore[union-attr]  # as a network would
+    await until(lambda: lost)
+    with pytest.raises(BrokerUnavailable):
+        await link.publish(name, b"too soon")
+    # Then it is back, what was not acked comes again, and an ack for the old channel does nothing
+    await until(lambda: link.connected and len(got) == 2)
+    link.ack(got[0])
+    link.ack(got[1])
+    await link.publish(name, b"second")
+    await until(lambda: len(got) == 3)
+    assert [delivery.body for delivery in got] == [b"first", b"first", b"second"]
+    await link.close()
+
+
+async def test_what_cannot_be_routed_is_told(amqp_url: str) -> None:
+    gone: list[str] = []
+    link = AmqpLink(amqp_url, "test", nothing, on_return=gone.append)
+    await link.start()
+    link.send("replies.nobody", b"x")
+    await until(lambda: gone == ["replies.nobody"])
+    await link.close()
+
+
+async def test_no_broker_is_an_error_in_time() -> None:
+    link = AmqpLink("amqp://guest:guest@127.0.0.1:1/", "test", nothing)
+    with pytest.raises(BrokerUnavailable):
+        await link.start(timeout_s=0.5)

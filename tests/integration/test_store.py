@@ -1,0 +1,142 @@
+"""The store against a real Postgres: what is kept once, counted once, and seen by its own key only."""
+
+import asyncio
+import hashlib
+import secrets
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from server.core.errors import DatabaseUnavailable
+from server.core.messages import Record
+from server.db.pool import make_pool, migrate
+from server.db.store import HistoryFilter, SimilarQuery, Store
+
+ALL = HistoryFilter(limit=100, offset=0)
+
+
+def chat(key_id: int, **fields: object) -> Record:
+    now = time.time()
+    made = Record(
+        request_id=secrets.token_hex(8),
+        type="chat",
+        key_id=key_id,
+        model="m",
+        endpoint="/chat",
+        prompt_tokens=3,
+        completion_tokens=4,
+        created_at=now,
+        finished_at=now,
+        session_id="s",
+        messages=[{"role": "user", "content": "hello"}],
+        finish_reason="stop",
+    )
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+def test_migrating_twice_changes_nothing(database_url: str) -> None:
+    assert migrate(database_url) == []
+
+
+async def test_a_record_delivered_again_counts_once(store: Store, key_id: int) -> None:
+    # Given three records, one of them twice in the same batch
+    first, second = chat(key_id), chat(key_id, session_id="t")
+    embedding = replace(chat(key_id), type="embedding", model="e", texts=2, completion_tokens=0)
+    records = [first, second, first, embedding]
+    # When the batch is written twice, and at the same time
+    written = await asyncio.gather(store.write(records), store.write(records))
+    # Then each is there once, in history and in every sum
+    assert sum(written) == 3
+    assert len(await store.history(key_id, ALL)) == 2
+    assert await store.count_sessions(key_id) == 2
+    rows = {row["type"]: row for row in await store.usage(key_id)}
+    assert (rows["chat"]["requests"], rows["chat"]["prompt_tokens"], rows["chat"]["completion_tokens"]) == (2, 6, 8)
+    assert (rows["embedding"]["requests"], rows["embedding"]["texts"]) == (1, 2)
+
+
+async def test_sessions_and_days_add_up(store: Store, key_id: int) -> None:
+    now = time.time()
+    await store.write([chat(key_id, created_at=now - 400 * 86400), chat(key_id, created_at=now)])
+    await store.write([chat(key_id, created_at=now)])
+    (row,) = await store.usage(key_id)
+    assert (row["requests"], row["requests_today"], row["requests_this_month"]) == (3, 2, 2)
+    (session,) = await store.sessions(key_id, 10, 0)
+    assert session["chats"] == 3
+    assert (session["updated_at"] - session["created_at"]).days == 400
+
+
+async def test_text_comes_back_as_it_was(store: Store, key_id: int) -> None:
+    text = "NUL \x00, quote ' \" \\ \\u0000, 😀, \u202e, line\nbreak"
+    await store.write([chat(key_id, messages=[{"role": "user", "content": text}])])
+    (row,) = await store.history(key_id, ALL)
+    assert row["messages"] == [{"role": "user", "content": text}]
+
+
+async def test_similar_is_exact_ordered_and_the_keys_own(store: Store, key_id: int) -> None:
+    # Given 300 chats of one key with random vectors, another key's chat that is nearer than all of them,
+    # and vectors of another model and of other dimensions
+    rng = np.random.default_rng(0)
+    await store.write([chat(key_id) for _ in range(300)])
+    rows = await store.history(key_id, HistoryFilter(limit=300, offset=0))
+    rows = [{"id": row["id"], "key_id": key_id} for row in rows]
+    vectors = rng.normal(size=(300, 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    await store.write_vectors(rows, "e", vectors)
+    query = vectors[7] + 0.1 * vectors[8]
+    query /= np.linalg.norm(query)
+    stranger = await store.create_key("other", hashlib.sha256(secrets.token_bytes()).digest())
+    assert stranger is not None
+    await store.write([chat(stranger)])
+    (foreign,) = await store.history(stranger, ALL)
+    await store.write_vectors([{"id": foreign["id"], "key_id": stranger}], "e", query[None])
+    await store.write_vectors(rows[:5], "another", np.tile(query, (5, 1)))
+    await store.write_vectors(rows[5:9], "e", np.eye(4, 32, dtype=np.float32))
+    # When the key searches
+    found = await store.similar(key_id, SimilarQuery("e", query, 10, 0.0))
+    # Then it gets the ten that an exact search over its own gets, with the cosine (half precision)
+    cosines = vectors @ query
+    best = np.argsort(-cosines)[:10]
+    assert [row["id"] for row in found] == [rows[i]["id"] for i in best]
+    assert [row["similarity"] for row in found] == pytest.approx(cosines[best], abs=2e-3)
+    # And the threshold cuts
+    threshold = float((cosines[best[2]] + cosines[best[3]]) / 2)
+    assert len(await store.similar(key_id, SimilarQuery("e", query, 10, threshold))) == 3
+
+
+async def test_pending_vectors_are_the_chats_without_one(store: Store, key_id: int) -> None:
+    await store.write([chat(key_id), chat(key_id)])
+    mine = [row for row in await store.pending_chats(1000) if row["key_id"] == key_id]
+    assert len(mine) == 2
+    await store.write_vectors(mine, "e", np.eye(2, 8, dtype=np.float32))
+    assert not [row for row in await store.pending_chats(1000) if row["key_id"] == key_id]
+    # Another model's vectors are wanted when the model changes
+    await store.requeue_vectors("new")
+    assert len([row for row in await store.pending_chats(1000) if row["key_id"] == key_id]) == 2
+
+
+async def test_the_rate_is_counted_per_key_and_not_for_the_revoked(store: Store) -> None:
+    hash_ = hashlib.sha256(secrets.token_bytes()).digest()
+    key_id = await store.create_key("k", hash_)
+    assert key_id is not None
+    assert await store.create_key("k again", hash_) is None
+    rows = await asyncio.gather(*(store.authenticate(hash_, 50) for _ in range(5)))
+    assert sorted(row.requests or 0 for row in rows if row) == [1, 2, 3, 4, 5]
+    assert await store.revoke_key(key_id)
+    revoked = await store.authenticate(hash_, 50)
+    assert revoked is not None
+    assert revoked.revoked_at is not None
+    assert revoked.requests is None
+    assert await store.authenticate(b"0" * 32, 50) is None
+    assert not await store.revoke_key(10**9)
+
+
+async def test_a_database_that_is_not_there_is_an_error_of_ours() -> None:
+    pool = make_pool("postgresql://nobody@127.0.0.1:1/none")
+    await pool.open(wait=False)
+    with pytest.raises(DatabaseUnavailable, match="database is not reachable"):
+        await Store(pool).ping()
+    await pool.close()
+    with pytest.raises(DatabaseUnavailable):
+        migrate("postgresql://nobody@127.0.0.1:1/none")

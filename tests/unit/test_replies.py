@@ -1,0 +1,143 @@
+"""Frames on their way home: coalesced by reply queue, in order, and not held back without need."""
+
+import asyncio
+import time
+
+import pytest
+
+from server.core.errors import BrokerUnavailable, QueueFull
+from server.core.messages import ErrorFrame, Frame, decode, decode_frames
+from workers import replies
+from workers.replies import Reply, ReplyOutbox
+
+TICK_S = 0.05
+"""Long enough that a test can tell a tick from none."""
+
+
+class FakeLink:
+    """Keeps what is sent; refuses it while `lost`."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, list[Frame]]] = []
+        self.lost = False
+
+    def send(self, queue: str, body: bytes) -> None:
+        if self.lost:
+            raise BrokerUnavailable("lost")
+        self.sent.append((queue, decode_frames(body)))
+
+
+@pytest.fixture
+def link() -> FakeLink:
+    return FakeLink()
+
+
+def outbox_of(link: FakeLink, *, busy: bool) -> ReplyOutbox:
+    return ReplyOutbox(link, lambda: busy)  # type: ignore[arg-type]
+
+
+def frame(request_id: str, text: str) -> Frame:
+    return Frame(request_id, "chunk", text.encode())
+
+
+async def test_one_flush_makes_one_message_a_reply_queue(link: FakeLink) -> None:
+    # Given frames of three requests for two servers, mixed
+    outbox = outbox_of(link, busy=True)
+    outbox.add("replies.a", frame("r1", "1"))
+    outbox.add("replies.b", frame("r2", "2"))
+    outbox.add("replies.a", frame("r3", "3"))
+    outbox.add("replies.a", frame("r1", "4"))
+    # When the tick comes
+    outbox.flush()
+    # Then each server gets one message, with its frames in the order they were added
+    assert link.sent == [
+        ("replies.a", [frame("r1", "1"), frame("r3", "3"), frame("r1", "4")]),
+        ("replies.b", [frame("r2", "2")]),
+    ]
+
+
+async def test_a_flush_sends_nothing_twice(link: FakeLink) -> None:
+    outbox = outbox_of(link, busy=True)
+    outbox.add("replies.a", frame("r1", "1"))
+    outbox.flush()
+    outbox.flush()
+    outbox.add("replies.a", frame("r1", "2"))
+    outbox.flush()
+    assert link.sent == [("replies.a", [frame("r1", "1")]), ("replies.a", [frame("r1", "2")])]
+
+
+async def test_alone_a_frame_leaves_at_once(link: FakeLink) -> None:
+    # Given a worker with one stream
+    outbox = outbox_of(link, busy=False)
+    # When it adds what one step of the engine made
+    outbox.add("replies.a", frame("r1", "1"))
+    outbox.add("replies.a", frame("r1", "2"))
+    # Then it leaves in the loop's next round, in one message
+    await asyncio.sleep(0)
+    assert link.sent == [("replies.a", [frame("r1", "1"), frame("r1", "2")])]
+    # And so does the next step's
+    outbox.add("replies.a", frame("r1", "3"))
+    await asyncio.sleep(0)
+    assert link.sent[1:] == [("replies.a", [frame("r1", "3")])]
+
+
+async def test_with_several_streams_frames_wait_for_the_tick(link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a worker with several streams
+    monkeypatch.setattr(replies, "TICK_S", TICK_S)
+    outbox = outbox_of(link, busy=True)
+    # When frames come one by one within a tick
+    began = time.monotonic()
+    outbox.add("replies.a", frame("r1", "1"))
+    await asyncio.sleep(0)
+    assert link.sent == []
+    outbox.add("replies.a", frame("r2", "2"))
+    async with asyncio.timeout(5):
+        while not link.sent:
+            await asyncio.sleep(0.001)
+    # Then they leave together, a tick after the first
+    assert time.monotonic() - began >= TICK_S * 0.9
+    assert link.sent == [("replies.a", [frame("r1", "1"), frame("r2", "2")])]
+    # And the next frame starts a tick of its own
+    outbox.add("replies.a", frame("r1", "3"))
+    await asyncio.sleep(TICK_S * 3)
+    assert link.sent[1:] == [("replies.a", [frame("r1", "3")])]
+
+
+def test_the_tick_is_below_what_a_reader_notices() -> None:
+    assert 0 < replies.TICK_S <= 0.01
+
+
+async def test_frames_for_a_lost_broker_are_dropped_and_later_ones_sent(link: FakeLink) -> None:
+    # Given a broker that is gone
+    outbox = outbox_of(link, busy=True)
+    link.lost = True
+    outbox.add("replies.a", frame("r1", "1"))
+    outbox.add("replies.b", frame("r2", "2"))
+    # When the tick comes, then nothing is raised: nobody could be told
+    outbox.flush()
+    # And when the broker is back, only what came since is sent
+    link.lost = False
+    outbox.add("replies.a", frame("r3", "3"))
+    outbox.flush()
+    assert link.sent == [("replies.a", [frame("r3", "3")])]
+
+
+async def test_a_reply_addresses_its_frames(link: FakeLink) -> None:
+    outbox = outbox_of(link, busy=True)
+    reply = Reply(outbox, "replies.a", "r1")
+    reply.send("started")
+    reply.send("chunk", b"{}")
+    reply.send("done")
+    outbox.flush()
+    assert link.sent == [("replies.a", [Frame("r1", "started"), Frame("r1", "chunk", b"{}"), Frame("r1", "done")])]
+
+
+async def test_a_failure_travels_with_status_message_and_field(link: FakeLink) -> None:
+    # When a job fails
+    outbox = outbox_of(link, busy=True)
+    Reply(outbox, "replies.a", "r1").fail(QueueFull("Full.", param="messages.0"))
+    outbox.flush()
+    # Then the frame says all that the server needs to make the same error of it
+    ((_, (sent,)),) = link.sent
+    assert (sent.request_id, sent.kind) == ("r1", "error")
+    assert decode(ErrorFrame, sent.data) == ErrorFrame(429, "Full.", "messages.0")

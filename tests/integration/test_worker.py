@@ -80,7 +80,7 @@ async def bench(settings: Settings) -> AsyncIterator[Bench]:
     """A running worker, who asks it, and who reads its history."""
     model = f"echo-{secrets.token_hex(4)}"
     worker = EchoWorker(settings, model)
-    inbox = Inbox(settings.amqp_url, "test", [model], 100)
+    inbox = Inbox(settings.amqp_url, "test", [model], settings.queue_max_jobs)
     records: list[Record] = []
 
     def keep(delivery: Delivery) -> None:

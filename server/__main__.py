@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from server.core.errors import ServiceError
 from server.core.http import HttpServer
 from server.core.registry import load_registry
 from server.core.settings import BadSettings, Settings, load_settings
+from server.core.signals import stop_event
 from server.db.pool import migrate
 from server.supervisor import Supervisor, open_store
 
@@ -85,9 +85,11 @@ def _serve(settings: Settings) -> int:
     server = HttpServer(app, settings.host, settings.port, settings.drain_timeout_s)
 
     async def until_stopped() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
-        await server.serve()
+        serving = asyncio.create_task(server.serve())
+        stopped = asyncio.create_task(stop_event().wait())
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
 
     uvloop.run(until_stopped())
     return 0 if server.started else 1

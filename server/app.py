@@ -12,7 +12,7 @@ from server import exporter
 from server.auth import ensure_keys
 from server.core.registry import Registry
 from server.core.settings import Settings
-from server.db.pool import make_pool
+from server.db.pool import make_pool, open_pool
 from server.db.store import Store
 from server.dispatch import Dispatcher
 from server.errors import add_error_handlers
@@ -28,18 +28,18 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         pool = make_pool(settings.database_url)
-        await pool.open(wait=True)
+        await open_pool(pool)
         app.state.store = Store(pool)
         app.state.dispatcher = Dispatcher(settings, registry)
         await ensure_keys(app.state.store, settings)
-        await app.state.dispatcher.inbox.start()
+        await app.state.dispatcher.start()
         try:
             yield
         finally:
-            await app.state.dispatcher.inbox.close()
+            await app.state.dispatcher.close()
             await pool.close()
 
-    app = FastAPI(title="Qwen3 inference service", version=VERSION, lifespan=lifespan)
+    app = FastAPI(title="Qwen3 inference service", version=VERSION, lifespan=lifespan, redirect_slashes=False)
     app.state.settings, app.state.registry = settings, registry
     app.add_middleware(Accounting)
     add_error_handlers(app)

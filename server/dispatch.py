@@ -1,11 +1,12 @@
 """From a validated request to its frames: admit, queue, match, cancel. Knows no HTTP and no dialect."""
 
+import asyncio
 import time
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
 from server.core import topology
+from server.core.amqp import AmqpLink
 from server.core.errors import BrokerUnavailable, NoWorker
 from server.core.inbox import Inbox, Waiter
 from server.core.messages import Cancel, Frame, Job, encode
@@ -18,16 +19,18 @@ from server.fleet import Fleet
 class Call:
     """What a dialect wants done. `body` has OpenAI's shape and is complete: the worker adds no defaults."""
 
+    request_id: str
     spec: ModelSpec
     endpoint: str
     body: dict[str, Any]
     key_id: int
     session_id: str = ""
     recorded: bool = True
+    traceparent: str = ""
 
 
 class Ticket:
-    """A submitted call. Close it when its client is done or gone: an unfinished job is then cancelled."""
+    """A submitted call. Close it once its client is done or gone: an unfinished job is then cancelled."""
 
     def __init__(self, inbox: Inbox, waiter: Waiter) -> None:
         self._inbox = inbox
@@ -50,6 +53,10 @@ class Ticket:
                 return  # the reply queue is gone too, and the worker stops by that
 
 
+async def _declare_nothing(_link: AmqpLink) -> None:
+    """A connection that only asks."""
+
+
 class Dispatcher:
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self._timeout_s = settings.request_timeout_s
@@ -61,6 +68,15 @@ class Dispatcher:
             settings.queue_max_jobs,
             also_consume=self.fleet.consume,
         )
+        # Its own connection: asking for a queue that is gone closes the channel it is asked on.
+        self.scraper = AmqpLink(settings.amqp_url, "server metrics", _declare_nothing)
+
+    async def start(self) -> None:
+        """Raises BrokerUnavailable."""
+        await asyncio.gather(self.inbox.start(), self.scraper.start())
+
+    async def close(self) -> None:
+        await asyncio.gather(self.inbox.close(), self.scraper.close())
 
     @property
     def connected(self) -> bool:
@@ -74,7 +90,7 @@ class Dispatcher:
             )
         now = time.time()
         job = Job(
-            id=uuid.uuid4().hex,
+            id=call.request_id,
             model=call.spec.id,
             endpoint=call.endpoint,
             body=call.body,
@@ -84,6 +100,7 @@ class Dispatcher:
             deadline=now + self._timeout_s,
             session_id=call.session_id,
             recorded=call.recorded,
+            traceparent=call.traceparent,
         )
         return Ticket(self.inbox, await self.inbox.submit(job, "interactive"))
 

@@ -1,6 +1,6 @@
 """Errors as the service's own dialect tells them: `{"error", "status_code", "timestamp"}`."""
 
-import logging
+import reprlib
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -13,8 +13,6 @@ from starlette.requests import ClientDisconnect
 
 from server.core.errors import ServiceError
 from server.schemas.common import TAGS
-
-logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 5
 """How many wrong fields one answer names."""
@@ -65,7 +63,8 @@ def describe(errors: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = ascii(value)
+    # reprlib stops early in deep and in long values, where repr would recurse or copy.
+    text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -88,14 +87,8 @@ def _gone(_request: Request, _exc: Exception) -> Response:
     return Response(status_code=499)
 
 
-def _unexpected(_request: Request, exc: Exception) -> Response:
-    logger.error("unexpected error", exc_info=exc, extra={"action": "request"})
-    return error_response(500, "Something went wrong here. The server's log has the details.")
-
-
 def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _unexpected)

@@ -43,7 +43,7 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
     consumers = GaugeMetricFamily("qwen3_queue_consumers", "Workers on a queue", labels=["model", "lane"])
     history = GaugeMetricFamily("qwen3_history_queue_messages", "Finished requests waiting for Postgres")
     dead = GaugeMetricFamily("qwen3_dead_letters", "Messages given up on")
-    link = dispatcher.inbox.publisher
+    link = dispatcher.scraper
     try:
         async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             for model in models:
@@ -51,7 +51,9 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
                     ready, count = await link.declare_queue(topology.jobs_queue(model, lane), passive=True)
                     depth.add_metric([model, lane], ready)
                     consumers.add_metric([model, lane], count)
-            history.add_metric([], (await link.declare_queue(topology.HISTORY, passive=True))[0])
+            # The broker counts what is ready; what the archivist holds and has not written waits as well.
+            held = sum(worker.backlog for worker in dispatcher.fleet.workers() if worker.type == "archive")
+            history.add_metric([], (await link.declare_queue(topology.HISTORY, passive=True))[0] + held)
             dead.add_metric([], (await link.declare_queue(topology.DEAD, passive=True))[0])
     except (BrokerUnavailable, TimeoutError):
         return []

@@ -1,11 +1,16 @@
 """Which workers live, as they say it themselves once a second. The truth behind `/health` and admission."""
 
+import logging
 import time
 import uuid
+
+import msgspec
 
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.messages import Status, WorkerType, decode
+
+logger = logging.getLogger(__name__)
 
 STALE_S = 5.0
 """A worker not heard of for this long counts as gone: five beats missed."""
@@ -23,7 +28,11 @@ class Fleet:
         await link.consume(queue, self._on_status)
 
     def _on_status(self, delivery: Delivery) -> None:
-        status = decode(Status, delivery.body)
+        try:
+            status = decode(Status, delivery.body)
+        except msgspec.DecodeError:
+            logger.warning("not a status", extra={"action": "decode"})  # a newer worker's, perhaps
+            return
         self._seen[status.worker] = (time.monotonic(), status)
 
     def workers(self) -> list[Status]:

@@ -1,5 +1,6 @@
 """What happens to every request whatever its end: an id, the rate's headers, and its metrics."""
 
+import logging
 import time
 import uuid
 
@@ -7,13 +8,20 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.core import metrics
+from server.errors import error_response
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "/qwen3"
 """The API is served under this prefix too, as its documented base URL has it."""
 
 
+UNANSWERED = 499
+"""nginx's status for a client that left before it had an answer."""
+
+
 class Accounting:
-    """Outermost, so that errors made by the framework itself are counted and labelled as well."""
+    """Outside everything of ours, so that errors of every kind are counted and labelled as well."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -24,15 +32,15 @@ class Accounting:
             return
         started = time.monotonic()
         state = scope.setdefault("state", {})
-        state["started"], state["model"] = started, ""
-        status = 499
+        state["started"], state["model"], state["request_id"] = started, "", uuid.uuid4().hex
+        status = UNANSWERED
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = uuid.uuid4().hex
+                headers["X-Request-Id"] = state["request_id"]
                 if rate := state.get("rate"):
                     headers["X-RateLimit-Limit"] = str(rate.limit)
                     headers["X-RateLimit-Remaining"] = str(rate.remaining)
@@ -41,6 +49,13 @@ class Accounting:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except Exception:
+            # Here rather than in the framework's outermost layer, so that it is counted and labelled too.
+            logger.exception("unexpected error", extra={"action": "request", "request_id": state["request_id"]})
+            if status != UNANSWERED:
+                raise
+            response = error_response(500, "Something went wrong here. The server's log has the details.")
+            await response(scope, receive, send_with_headers)
         finally:
             # The route's template, not the path: labels stay few whatever is asked for.
             route = scope.get("route")

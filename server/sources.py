@@ -5,6 +5,7 @@ models.yaml says or fails.
 """
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,9 +68,12 @@ def locate_all(registry: Registry) -> Sources:
     return Sources({spec.id: locate(spec) for spec in registry.models})
 
 
-def download(spec: ModelSpec) -> None:
-    """Into the hub's cache, with the hub client's own progress bars."""
-    snapshot_download(spec.source, revision=spec.revision)
+def download_command(spec: ModelSpec) -> list[str]:
+    """What brings the weights into the hub's cache, with the hub client's own progress bars."""
+    program = (
+        "import sys, huggingface_hub; huggingface_hub.snapshot_download(sys.argv[1], revision=sys.argv[2] or None)"
+    )
+    return [sys.executable, "-c", program, spec.source, spec.revision or ""]
 
 
 def explain(missing: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Server-sent events: the wire format, keep-alives, and noticing that the reader left."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -21,12 +21,18 @@ def event(data: bytes) -> bytes:
 
 
 class SseResponse(Response):
-    """Sends events as they come and closes their generator when the reader leaves."""
+    """Sends events as they come; calls `on_close` when they are over or the reader has left.
+
+    A generator's own `finally` would not do: one that was never begun does not run it.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], on_close: Callable[[], None]
+    ) -> None:
         self._events = events
+        self._on_close = on_close
         # X-Accel-Buffering keeps nginx from collecting the stream before it passes it on.
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
@@ -45,6 +51,7 @@ class SseResponse(Response):
             watching.cancel()
             await asyncio.gather(sending, watching, return_exceptions=True)
             await self._events.aclose()
+            self._on_close()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

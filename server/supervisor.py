@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -24,16 +24,18 @@ import httpx
 from server.auth import ensure_keys, hash_key, new_key
 from server.core.registry import Registry, load_registry
 from server.core.settings import BadSettings, Settings
-from server.db.pool import make_pool, migrate
+from server.core.signals import stop_event
+from server.db.pool import make_pool, migrate, open_pool
 from server.db.store import Store
 from server.private import PrivatePostgres, PrivateRabbitMQ
 from server.process import Child, start
-from server.sources import Sources, download, explain, locate_all, write_smoke_profile
+from server.sources import Sources, download_command, explain, locate_all, write_smoke_profile
 
 READY_TIMEOUT_S = 1800.0
 """Large models take long to load; a worker that fails ends the wait at once."""
 PROGRESS_EVERY_S = 10.0
 RESTART_MAX_S = 30.0
+STABLE_S = 300.0
 FEW_CORES = 4
 
 
@@ -55,48 +57,60 @@ class Supervisor:
         self._settings = settings
         self._folder = settings.data_dir.resolve()
         self._children: dict[str, Child] = {}
-        self._stopping = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
 
     async def run(self) -> int:
         """Until SIGINT or SIGTERM; returns the exit status. Raises ServiceError when it cannot start."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stopping.set)
+        stopping = stop_event()
         registry = load_registry(self._settings.models_file)
+        self._check_port()
         self._folder.mkdir(parents=True, exist_ok=True)
         lock = self._lock()
         try:
             async with self._stack:
                 serving = asyncio.create_task(self._serve(registry))
-                stopped = asyncio.create_task(self._stopping.wait())
+                stopped = asyncio.create_task(stopping.wait())
                 await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if not serving.done():
+                try:
+                    if serving.done():
+                        return serving.result()
                     say("Stopping …")
                     serving.cancel()
                     await asyncio.gather(serving, return_exceptions=True)
-                    await self._stop_children()
                     return 0
-                return serving.result()
+                finally:
+                    await self._stop_children()  # before the stack's end takes broker and database away
         finally:
-            await self._stop_children()
             lock.close()
 
     async def _serve(self, registry: Registry) -> int:
         began = time.monotonic()
         registry, models_file = await self._weights(registry)
         database_url, amqp_url = await self._stores()
-        applied = await asyncio.to_thread(migrate, database_url)
+        applied = await asyncio.to_thread(migrate, database_url, alone=not self._settings.database_url)
         if applied:
             say(f"Database schema: applied {', '.join(applied)}")
-        key = await self._first_key(database_url)
         plan = self._plan(registry, models_file, database_url, amqp_url)
         for name in plan.commands:
             await self._start(name, plan)
         await self._until_healthy(registry)
+        key = await self._first_key(database_url)
         say(self._welcome(key, time.monotonic() - began))
         await self._watch(plan)
         return 1
+
+    def _check_port(self) -> None:
+        """Now, rather than after a minute of starting."""
+        family = socket.AF_INET6 if ":" in self._settings.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._settings.host, self._settings.port))
+            except OSError as exc:
+                raise BadSettings(
+                    f"{self._settings.host}:{self._settings.port} cannot be listened on ({exc.strerror}). "
+                    f"Name another port with --port."
+                ) from exc
 
     def _lock(self) -> TextIO:
         file = (self._folder / "lock").open("w")
@@ -116,7 +130,7 @@ class Supervisor:
         for spec in registry.models:
             if sources.where[spec.id] == "hub":
                 say(f"Downloading {spec.source} …")
-                await asyncio.to_thread(download, spec)
+                await self._run_to_end("download", download_command(spec), None)
         if not sources.missing:
             return registry, self._settings.models_file.resolve()
         say(explain(sources.missing))
@@ -133,13 +147,19 @@ class Supervisor:
         say("Teaching the stand-in its ten answers (about 20 s) …")
         folder.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "workers", "smoke", "--out", str(folder)]
-        child = await start("smoke", argv, {}, self._folder / "logs" / "smoke.log")
-        self._children["smoke"] = child
-        await child.process.wait()
-        del self._children["smoke"]
-        if child.process.returncode:
-            raise BadSettings(f"The stand-in could not be made:\n{child.tail()}")
+        await self._run_to_end("smoke", argv, self._folder / "logs" / "smoke.log")
         return folder
+
+    async def _run_to_end(self, name: str, argv: list[str], log: Path | None) -> None:
+        """Run a program that ends by itself, its output in `log` or on the terminal. Raises BadSettings if it fails.
+
+        A program of its own, so that Ctrl-C ends it at once.
+        """
+        child = self._children[name] = await start(name, argv, {}, log)
+        await child.process.wait()
+        del self._children[name]
+        if child.process.returncode:
+            raise BadSettings(f"{name} failed with status {child.process.returncode}.\n{child.tail()}")
 
     async def _stores(self) -> tuple[str, str]:
         """Addresses of Postgres and RabbitMQ; private ones are started and stop with the stack."""
@@ -188,7 +208,6 @@ class Supervisor:
             "AMQP_URL": amqp_url,
             "HOST": self._settings.host,
             "PORT": str(self._settings.port),
-            "API_KEY": self._settings.api_key,
             "RATE_LIMIT_PER_MINUTE": str(self._settings.rate_limit_per_minute),
             "METRICS_PORT": "0",
         }
@@ -201,13 +220,17 @@ class Supervisor:
     async def _start(self, name: str, plan: Plan) -> None:
         argv = [sys.executable, "-m", *plan.commands[name]]
         log = self._folder / "logs" / f"{name.replace(' ', '-')}.log"
-        self._children[name] = await start(name, argv, plan.environment, log, plan.cores[name])
+        environment = dict(plan.environment)
+        environment["API_KEY"] = self._settings.api_key if name == "server" else ""
+        if name not in ("server", "archive"):
+            environment["DATABASE_URL"] = ""
+        self._children[name] = await start(name, argv, environment, log, plan.cores[name])
 
     async def _until_healthy(self, registry: Registry) -> None:
         """Ask `/health` until it says healthy, and say how far things are. Raises BadSettings if one dies."""
         say(f"Starting the engine and the workers (an engine takes a minute or two). Logs: {self._folder}/logs")
         began = said = time.monotonic()
-        async with httpx.AsyncClient(timeout=5) as client:
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:  # no proxy for one's own address
             while time.monotonic() - began < READY_TIMEOUT_S:
                 for child in self._children.values():
                     if child.exited:
@@ -227,11 +250,11 @@ class Supervisor:
         """What is not ready yet."""
         try:
             health = (await client.get(f"{self._url}/health")).json()
-        except (httpx.HTTPError, ValueError):
+            if health["status"] == "healthy":
+                return []
+            ready = {(worker["type"], worker["model"]) for worker in health["workers"] if worker["ready"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return ["server"]
-        if health["status"] == "healthy":
-            return []
-        ready = {(worker["type"], worker["model"]) for worker in health["workers"] if worker["ready"]}
         wanted = [(spec.type, spec.id) for spec in registry.models] + [("archive", "")]
         return [f"{type_} {model}".strip() for type_, model in wanted if (type_, model) not in ready] or ["health"]
 
@@ -246,18 +269,17 @@ class Supervisor:
 
     @property
     def _url(self) -> str:
-        host = "127.0.0.1" if self._settings.host in ("0.0.0.0", "::") else self._settings.host
-        return f"http://{host}:{self._settings.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._settings.host, self._settings.host)
+        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self._settings.port}"
 
     def _welcome(self, key: str | None, took_s: float) -> str:
-        given = self._settings.api_keys
         if key is not None:
             hint = f"Key (shown this once; keep it): {key}"
-        elif given:
+        elif self._settings.api_keys:
             hint = "Key: the first of API_KEY."
         else:
             hint = "Key: the one shown at the first start; `.venv/bin/python -m server keys create NAME` makes another."
-        shown = key or (given[0] if given else "YOUR_API_KEY")
+        shown = key or "YOUR_API_KEY"
         return (
             f"Ready on {self._url}\n"
             f"  in {took_s:.0f} s. {hint}\n"
@@ -269,24 +291,22 @@ class Supervisor:
         )
 
     async def _watch(self, plan: Plan) -> None:
-        """Start again whatever ends, later each time it ends soon."""
-        delays: dict[str, float] = {}
+        """Start again whatever ends."""
+        await asyncio.gather(*(self._keep(name, plan) for name in plan.commands))
+
+    async def _keep(self, name: str, plan: Plan) -> None:
+        """Start one child again each time it ends, later each time it ends soon."""
+        delay = 1.0
         while True:
-            waits = {asyncio.create_task(child.process.wait()): name for name, child in self._children.items()}
-            try:
-                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-            for name in (waits[wait] for wait in done):
-                delay = delays.get(name, 1.0)
-                delays[name] = min(delay * 2, RESTART_MAX_S)
-                child = self._children[name]
-                status = child.process.returncode
-                say(f"{name} ended with status {status}; starting it again in {delay:.0f} s. Log: {child.log}")
-                await child.stop(timeout_s=1)  # what it left of its process group
-                await asyncio.sleep(delay)
-                await self._start(name, plan)
+            child, began = self._children[name], time.monotonic()
+            status = await child.process.wait()
+            if time.monotonic() - began > STABLE_S:
+                delay = 1.0
+            say(f"{name} ended with status {status}; starting it again in {delay:.0f} s. Log: {child.log}")
+            await child.stop(timeout_s=1)  # what it left of its process group
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, RESTART_MAX_S)
+            await self._start(name, plan)
 
     async def _stop_children(self) -> None:
         """The server first, so that nothing new comes in; then those that work; the archivist last."""
@@ -305,7 +325,7 @@ class Supervisor:
 async def open_store(database_url: str) -> AsyncIterator[Store]:
     """A store for a command's few questions."""
     pool = make_pool(database_url, max_size=1)
-    await pool.open(wait=True)
+    await open_pool(pool)
     try:
         yield Store(pool)
     finally:

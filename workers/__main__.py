@@ -7,7 +7,7 @@ from pathlib import Path
 
 from server.core import logging as json_logging
 from server.core.errors import ServiceError
-from server.core.registry import ModelSpec, ModelType, Registry, load_registry
+from server.core.registry import ModelSpec, ModelType, Registry, line_of_option, load_registry
 from server.core.settings import BadSettings, Settings, load_settings
 
 
@@ -46,8 +46,13 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
     registry = load_registry(settings.models_file)
     if args.type == "chat":
         from workers.chat import ChatWorker
+        from workers.engine import UnknownOption
 
-        return await ChatWorker(settings, _spec(registry, args.model, "chat")).run()
+        try:
+            return await ChatWorker(settings, _spec(registry, args.model, "chat")).run()
+        except UnknownOption as exc:
+            line = line_of_option(settings.models_file, args.model, exc.option)
+            raise BadSettings(f"{settings.models_file}:{line}: {exc.message}") from exc
     if args.type == "embedding":
         from workers.embedding import EmbeddingWorker
 

@@ -10,19 +10,24 @@ import socket
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import msgspec
 
 from server.core import metrics, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable, DeadlineExceeded, EngineFailed, ServiceError
-from server.core.messages import Cancel, Job, Record, Status, WorkerType, decode, encode
+from server.core.messages import Cancel, FrameKind, Job, Record, Status, WorkerType, decode, encode
 from server.core.settings import Settings
+from server.core.signals import stop_event
 from workers.engine import EngineDied
 from workers.probe import Probe
 from workers.replies import Reply, ReplyOutbox
 
 logger = logging.getLogger(__name__)
+
+RECORD_RETRY_S = 1.0
 
 
 class Beacon:
@@ -69,6 +74,32 @@ class Beacon:
                 continue  # it comes back by itself
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a job ended well: the last frame's `kind` and `data`, and what is kept of it."""
+
+    kind: FrameKind
+    data: bytes
+    record: Record
+
+
+@dataclass(slots=True)
+class _Run:
+    """A job in hand. `delivery` is the latest one: after a reconnection the broker delivers it again."""
+
+    job: Job
+    delivery: Delivery
+    task: asyncio.Task[None] | None = None
+    begun: bool = False
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self.begun and self.task is not None:
+            # A task cancelled before its first step would never settle its delivery.
+            self.task.cancel()
+
+
 class Worker(ABC):
     """A worker of one model. Subclasses load the model in `start` and answer in `handle`."""
 
@@ -77,75 +108,86 @@ class Worker(ABC):
     def __init__(self, settings: Settings, model: str) -> None:
         self.settings = settings
         self.model = model
-        self.probe = Probe(settings.metrics_port)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._cancelled: set[str] = set()
+        self.probe = Probe(settings.host, settings.metrics_port)
+        self._runs: dict[str, _Run] = {}
+        self._cancelled_early: dict[str, float] = {}
         self._consumers: list[str] = []
-        self._dead: asyncio.Event = asyncio.Event()
+        self._died = asyncio.Event()
+        self._slots = 1
         self._publisher = AmqpLink(
             settings.amqp_url, f"{self.type} {model} publish", self._setup_publisher, on_return=self._abandon
         )
         self._consumer = AmqpLink(settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer)
-        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._tasks) > 1)
-        self._reply_to: dict[str, str] = {}
+        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._runs) > 1)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
 
     @abstractmethod
     async def start(self) -> int:
-        """Load the model; returns how many jobs it handles at once."""
+        """Load the model; returns how many jobs it handles at once. May block the event loop."""
 
     @abstractmethod
-    async def handle(self, job: Job, reply: Reply) -> Record:
-        """Answer the job through `reply`; what it returns becomes history and usage. Raises ServiceError."""
+    async def handle(self, job: Job, reply: Reply) -> Answer:
+        """Answer the job; what comes before the last frame goes through `reply`. Raises ServiceError."""
 
     @abstractmethod
     async def stop(self) -> None:
         """Free the model."""
 
+    def alive(self) -> bool:
+        """Whether the model still works; asked once a second."""
+        return True
+
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status."""
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
+        # While the model loads, nothing is worth finishing: the signal ends the process. The broker comes
+        # after it, because loading may block the loop for longer than the broker waits for a heartbeat.
+        signal.signal(signal.SIGTERM, _exit_at_once)
         await self.probe.start()
-        await self._publisher.start()
-        beating = asyncio.create_task(self.beacon.run())
-        loading = asyncio.create_task(self.start())
-        stopped = asyncio.create_task(stopping.wait())
-        died = asyncio.create_task(self._dead.wait())
         try:
-            await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():
-                loading.cancel()
-                return 0
-            self._prefetch = loading.result()
+            self._slots = await self.start()
+            stopping = stop_event()
+            await self._publisher.start()
             await self._consumer.start()
-            self.probe.ready = True
-            logger.info("ready", extra={"action": "ready", "model": self.model})
-            await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
-            if self._dead.is_set():
-                return 1  # unacked jobs go back to their queue
-            await self._drain()
-            return 0
+            return await self._serve(stopping)
         finally:
             self.probe.ready = False
-            beating.cancel()
             await self._consumer.close()
             await self.stop()
             self._outbox.flush()
             await self._publisher.close()
             await self.probe.stop()
 
+    async def _serve(self, stopping: asyncio.Event) -> int:
+        beating = asyncio.create_task(self.beacon.run())
+        stopped = asyncio.create_task(stopping.wait())
+        died = asyncio.create_task(self._died.wait())
+        self.probe.ready = True
+        logger.info("ready", extra={"action": "ready", "model": self.model})
+        try:
+            while not (stopped.done() or died.done()):
+                await asyncio.wait({stopped, died}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+                if not self.alive():
+                    self._died.set()
+            if self._died.is_set():
+                logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
+                return 1  # unacked jobs go back to their queue
+            await self._drain()
+            return 0
+        finally:
+            for task in (beating, stopped, died):
+                task.cancel()
+
     async def _drain(self) -> None:
-        logger.info("draining", extra={"action": "drain", "running": len(self._tasks)})
+        logger.info("draining", extra={"action": "drain", "running": len(self._runs)})
         self.probe.ready = False
         for tag in self._consumers:
             await self._consumer.cancel_consumer(tag)
-        if self._tasks:
-            await asyncio.wait(self._tasks.values(), timeout=self.settings.drain_timeout_s)
-        for task in self._tasks.values():
-            task.cancel()
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self.settings.drain_timeout_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     async def _setup_publisher(self, link: AmqpLink) -> None:
         await link.declare_fanout(topology.STATUS)
@@ -155,30 +197,36 @@ class Worker(ABC):
         await link.declare_queue(topology.DEAD)
         await link.declare_jobs(self.model, self.settings.queue_max_jobs)
         await link.declare_fanout(topology.CONTROL)
-        mine = f"control.{self.beacon.worker}"
+        mine = f"control.{uuid.uuid4().hex[:12]}"
         await link.declare_queue(mine, exclusive=True)
         await link.bind(mine, topology.CONTROL)
         await link.consume(mine, self._on_control)
-        # Batch work fills what interactive work leaves, a quarter of the slots at the most.
-        lanes = (("interactive", self._prefetch), ("batch", max(1, self._prefetch // 4)))
+        # Batch work has slots of its own, a quarter as many, so that neither lane waits for the other.
+        interactive = topology.jobs_queue(self.model, "interactive")
+        batch = topology.jobs_queue(self.model, "batch")
         self._consumers = [
-            await link.consume(topology.jobs_queue(self.model, lane), self._on_job, prefetch)  # type: ignore[arg-type]
-            for lane, prefetch in lanes
+            await link.consume(interactive, self._on_job, self._slots),
+            await link.consume(batch, self._on_job, max(1, self._slots // 4)),
         ]
 
     def _on_control(self, delivery: Delivery) -> None:
         request_id = decode(Cancel, delivery.body).request_id
-        task = self._tasks.get(request_id)
-        if task is not None:
-            self._cancelled.add(request_id)
-            task.cancel()
+        if run := self._runs.get(request_id):
+            run.cancel()
+            return
+        # Its job may still wait in the queue; remember it for as long as a job can.
+        now = time.monotonic()
+        self._cancelled_early[request_id] = now
+        for id_, since in list(self._cancelled_early.items()):
+            if now - since <= self.settings.request_timeout_s:
+                break
+            del self._cancelled_early[id_]
 
     def _abandon(self, reply_to: str) -> None:
         """The server that waited is gone: stop what was made for it."""
-        for request_id, queue in self._reply_to.items():
-            if queue == reply_to:
-                self._cancelled.add(request_id)
-                self._tasks[request_id].cancel()
+        for run in self._runs.values():
+            if run.job.reply_to == reply_to:
+                run.cancel()
 
     def _on_job(self, delivery: Delivery) -> None:
         try:
@@ -187,55 +235,97 @@ class Worker(ABC):
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)
             return
-        if job.id in self._tasks:
-            # Delivered again after a reconnection while it still runs: that run will end it.
-            self._consumer.ack(delivery)
+        if run := self._runs.get(job.id):
+            run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
-        self._reply_to[job.id] = job.reply_to
-        self._tasks[job.id] = asyncio.create_task(self._run(job, delivery))
-        self.beacon.running = len(self._tasks)
-        metrics.jobs_running.labels(self.model).set(len(self._tasks))
+        cancelled = self._cancelled_early.pop(job.id, None) is not None
+        run = self._runs[job.id] = _Run(job, delivery, cancelled=cancelled)
+        run.task = asyncio.create_task(self._run(run))
+        self._count()
 
-    async def _run(self, job: Job, delivery: Delivery) -> None:
-        reply = Reply(self._outbox, job.reply_to, job.id)
-        outcome = "done"
+    async def _run(self, run: _Run) -> None:
+        run.begun = True
+        outcome = "failed"
+        settle: Callable[[Delivery], None] | None = self._consumer.ack
         try:
-            if time.time() >= job.deadline:
-                raise DeadlineExceeded("The request waited in the queue past its deadline.")
-            reply.send("started")
-            async with asyncio.timeout(job.deadline - time.time()):
-                record = await self.handle(job, reply)
-            if job.recorded:
-                await self._publisher.publish(topology.HISTORY, encode(record), message_id=job.id)
-        except TimeoutError:
-            outcome = "expired"
-            reply.fail(DeadlineExceeded("The request took longer than its deadline allows."))
+            outcome = await self._answer(run)
         except asyncio.CancelledError:
             outcome = "cancelled"
-            if job.id not in self._cancelled:
-                self._consumer.reject(delivery, requeue=True)  # draining ran out of time: another's turn
-                return
+            if not run.cancelled:
+                settle = self._give_back  # draining ran out of time: another worker's turn
         except EngineDied:
-            logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
-            self._dead.set()
-            return
-        except BrokerUnavailable:
-            # The record did not reach the broker, and neither will an ack: the job is delivered again.
-            outcome = "unrecorded"
-            logger.warning("record not published", extra={"action": "record", "request_id": job.id})
-            self._consumer.reject(delivery, requeue=True)
-            return
+            self._died.set()
+            settle = None  # neither acked nor given back: the broker takes it back when this process ends
+        finally:
+            del self._runs[run.job.id]
+            self._count()
+            metrics.jobs.labels(self.model, outcome).inc()
+            if settle is not None:
+                settle(run.delivery)
+
+    async def _answer(self, run: _Run) -> str:
+        """Do the job and tell its end; returns the outcome's name. Raises CancelledError or EngineDied."""
+        if run.cancelled:
+            return "cancelled"
+        job = run.job
+        reply = Reply(self._outbox, job.reply_to, job.id)
+        if time.time() >= job.deadline:
+            reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
+            return "expired"
+        reply.send("started")
+        try:
+            async with asyncio.timeout(job.deadline - time.time()):
+                answer = await self.handle(job, reply)
+        except TimeoutError:
+            reply.fail(DeadlineExceeded("The request was not answered before its deadline."))
+            return "expired"
+        except EngineDied:
+            raise
         except ServiceError as exc:
-            outcome = "refused" if exc.status < 500 else "failed"
             reply.fail(exc)
+            return "refused" if exc.status < 500 else "failed"
         except Exception:
-            outcome = "failed"
             logger.exception("job failed", extra={"action": "job", "request_id": job.id, "model": self.model})
             reply.fail(EngineFailed("The engine failed on this request."))
-        finally:
-            del self._tasks[job.id], self._reply_to[job.id]
-            self._cancelled.discard(job.id)
-            self.beacon.running = len(self._tasks)
-            metrics.jobs_running.labels(self.model).set(len(self._tasks))
-            metrics.jobs.labels(self.model, outcome).inc()
-        self._consumer.ack(delivery)
+            return "failed"
+        recorded = self._record(answer.record) if job.recorded else None
+        # The record left before the last frame does: whoever has the whole answer has it in history too.
+        reply.send(answer.kind, answer.data)
+        if recorded is not None:
+            await recorded
+        return "done"
+
+    def _record(self, record: Record) -> Awaitable[None]:
+        """Send the record to history now; what is returned ends when the broker has it, however long that takes."""
+        body = encode(record)
+        try:
+            first = self._publisher.publish_soon(topology.HISTORY, body, message_id=record.request_id)
+        except BrokerUnavailable as exc:
+            first = asyncio.get_running_loop().create_future()
+            first.set_exception(exc)
+        return self._until_recorded(first, record.request_id, body)
+
+    async def _until_recorded(self, confirmed: Awaitable[None], request_id: str, body: bytes) -> None:
+        while True:
+            try:
+                await confirmed
+            except ServiceError as exc:
+                # Not answered again: the answer is out. A second copy is told by its request id.
+                extra = {"action": "record", "request_id": request_id, "error": type(exc).__name__}
+                logger.warning("record not published yet", extra=extra)
+                await asyncio.sleep(RECORD_RETRY_S)
+                confirmed = self._publisher.publish(topology.HISTORY, body, message_id=request_id)
+            else:
+                return
+
+    def _give_back(self, delivery: Delivery) -> None:
+        self._consumer.reject(delivery, requeue=True)
+
+    def _count(self) -> None:
+        self.beacon.running = len(self._runs)
+        self.beacon.waiting = max(0, len(self._runs) - self._slots)
+        metrics.jobs_running.labels(self.model).set(len(self._runs))
+
+
+def _exit_at_once(_number: int, _frame: object) -> None:
+    raise SystemExit(0)

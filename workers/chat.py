@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 
 from server.core import metrics
-from server.core.messages import Job, Record, WorkerType
+from server.core.messages import FrameKind, Job, Record, WorkerType
 from server.core.registry import ModelSpec
 from server.core.settings import Settings
-from workers.base import Worker
+from workers.base import Answer, Worker
 from workers.engine import ChatEngine, start_engine
 from workers.replies import Reply
 
@@ -75,7 +75,7 @@ class Transcript:
             self._tool_calls.append({k: v for k, v in call.items() if k != "index"})
             return
         arguments = (call.get("function") or {}).get("arguments") or ""
-        function = self._tool_calls[index].setdefault("function", {})
+        function = self._tool_calls[index]["function"] = self._tool_calls[index].get("function") or {}
         function["arguments"] = (function.get("arguments") or "") + arguments
 
     def message(self) -> dict[str, Any]:
@@ -103,27 +103,27 @@ class ChatWorker(Worker):
     async def stop(self) -> None:
         await self._stack.aclose()
 
-    async def handle(self, job: Job, reply: Reply) -> Record:
+    def alive(self) -> bool:
+        return self._engine.alive
+
+    async def handle(self, job: Job, reply: Reply) -> Answer:
         transcript = Transcript()
+        kind: FrameKind = "done"
+        result = b""
         if job.body.get("stream"):
             async for chunk in self._engine.stream(job.body, job.id):
                 answer = transcript.add(chunk)
                 self.beacon.progress()
                 reply.send("chunk" if answer.choices else "usage", chunk)
         else:
-            result = await self._engine.complete(job.body, job.id)
+            kind, result = "result", await self._engine.complete(job.body, job.id)
             transcript.add(result)
             self.beacon.progress(transcript.usage.completion_tokens)
-        record = self._record(job, transcript)
-        if job.body.get("stream"):
-            reply.send("done")
-        else:
-            reply.send("result", result)
-        metrics.prompt_tokens.labels(self.model).inc(record.prompt_tokens)
-        metrics.completion_tokens.labels(self.model).inc(record.completion_tokens)
-        return record
+        metrics.prompt_tokens.labels(self.model).inc(transcript.usage.prompt_tokens)
+        metrics.completion_tokens.labels(self.model).inc(transcript.usage.completion_tokens)
+        return Answer(kind, result, self._as_record(job, transcript))
 
-    def _record(self, job: Job, transcript: Transcript) -> Record:
+    def _as_record(self, job: Job, transcript: Transcript) -> Record:
         now = time.time()
         return Record(
             request_id=job.id,

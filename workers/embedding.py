@@ -1,8 +1,10 @@
 """The embedding worker: sentence-transformers behind a batcher. The only module that knows the library."""
 
 import asyncio
+import copy
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,16 @@ from server.core import metrics
 from server.core.errors import InvalidRequest
 from server.core.messages import EmbeddingResult, Job, Record, WorkerType, encode_embeddings
 from server.core.registry import ModelSpec
-from server.core.settings import Settings
-from workers.base import Worker
+from server.core.settings import BadSettings, Settings
+from workers.base import Answer, Worker
 from workers.batching import Batcher
 from workers.replies import Reply
 
 logger = logging.getLogger(__name__)
 
 PREFETCH = 64
+MAX_DIMENSIONS = 4000
+"""Of pgvector's halfvec stored in line: a row must fit a page of 8 KiB."""
 
 
 class Embedder:
@@ -34,7 +38,8 @@ class Embedder:
         else:
             from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-            transformer = Transformer(spec.source)
+            at = {"revision": spec.revision}
+            transformer = Transformer(spec.source, model_kwargs=at, config_kwargs=at, processor_kwargs=at)
             pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=spec.pooling)
             self._model = SentenceTransformer(modules=[transformer, pooling], **options)
         own_limit = self._model.max_seq_length
@@ -43,12 +48,15 @@ class Embedder:
         query_prompt = spec.query_prompt
         if query_prompt is None:
             query_prompt = self._model.prompts.get("query") or ""
+        # Counting must not share a tokenizer with encoding, which runs in another thread: each sets its
+        # own padding and truncation on it.
+        self._counter = copy.deepcopy(self._model.tokenizer)
         self._prompts = {"query": query_prompt, "document": self._model.prompts.get("document") or ""}
 
     def prepare(self, texts: list[str], input_type: str) -> tuple[list[str], list[int]]:
         """The texts as the model wants them for `query` or `document`, and their lengths in tokens."""
         texts = [self._prompts[input_type] + text for text in texts]
-        ids = self._model.tokenizer(texts, truncation=False, add_special_tokens=True)["input_ids"]
+        ids = self._counter(texts, truncation=False, add_special_tokens=True)["input_ids"]
         return texts, [len(row) for row in ids]
 
     def encode(self, texts: list[str]) -> NDArray[np.float32]:
@@ -67,12 +75,17 @@ class EmbeddingWorker(Worker):
         self._spec = spec
         self._embedder: Embedder
         self._batcher: Batcher
+        self._counting = ThreadPoolExecutor(1)
         self._batching: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         self._embedder = await asyncio.to_thread(Embedder, self._spec)
         # The first call pays for lazy initialisation; let it not be a client's.
-        await asyncio.to_thread(self._embedder.encode, ["ready"])
+        (vector,) = await asyncio.to_thread(self._embedder.encode, ["ready"])
+        if len(vector) > MAX_DIMENSIONS:
+            raise BadSettings(
+                f"model {self.model!r} has {len(vector)} dimensions; set `dimensions` to {MAX_DIMENSIONS} or fewer."
+            )
         self._batcher = Batcher(self._embedder.encode)
         self._batching = asyncio.create_task(self._batcher.run())
         return PREFETCH
@@ -81,10 +94,11 @@ class EmbeddingWorker(Worker):
         if self._batching is not None:
             self._batching.cancel()
 
-    async def handle(self, job: Job, reply: Reply) -> Record:
+    async def handle(self, job: Job, _reply: Reply) -> Answer:
         texts: list[str] = job.body["input"]
         input_type = job.body.get("input_type", "document")
-        texts, lengths = await asyncio.to_thread(self._embedder.prepare, texts, input_type)
+        loop = asyncio.get_running_loop()
+        texts, lengths = await loop.run_in_executor(self._counting, self._embedder.prepare, texts, input_type)
         limit = self._embedder.max_tokens
         for index, length in enumerate(lengths):
             if length > limit and not job.body.get("truncate"):
@@ -94,14 +108,12 @@ class EmbeddingWorker(Worker):
                 )
         prompt_tokens = sum(min(length, limit) for length in lengths)
         vectors = await self._batcher.submit(texts, [min(length, limit) for length in lengths])
-        self.beacon.waiting = self._batcher.waiting
         self.beacon.progress(prompt_tokens)
         result = EmbeddingResult(self.model, vectors.shape[1], prompt_tokens, vectors.tobytes())
-        reply.send("result", encode_embeddings(result))
         metrics.embedding_requests.labels(self.model).inc()
         metrics.embedding_texts.labels(self.model).inc(len(texts))
         metrics.prompt_tokens.labels(self.model).inc(prompt_tokens)
-        return Record(
+        record = Record(
             request_id=job.id,
             type="embedding",
             key_id=job.key_id,
@@ -113,3 +125,4 @@ class EmbeddingWorker(Worker):
             finished_at=time.time(),
             texts=len(texts),
         )
+        return Answer("result", encode_embeddings(result), record)

@@ -4,6 +4,7 @@ Owns the engine and its serving layer (templates, sampling, reasoning and tool p
 knows nothing of queues, keys or history.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ class ChatEngine:
                 if data.startswith('{"error"'):
                     error = json.loads(data)["error"]
                     self._check_alive()
-                    raise from_status(int(error["code"]), error["message"], error.get("param"))
+                    raise _refusal(int(error["code"]), error["message"], error.get("param"))
                 if data != "[DONE]":
                     yield data.encode()
         finally:
@@ -92,10 +93,11 @@ class ChatEngine:
             response = create_error_response(exc)
             if response.error.code >= 500:
                 logger.exception("generation failed", extra={"action": "generate", "request_id": request_id})
-                raise from_status(response.error.code, "The engine failed on this request.") from exc
+                raise _refusal(response.error.code, "", None) from exc
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise asyncio.CancelledError  # which vLLM turns into a response of its own
         if isinstance(response, ErrorResponse):
-            message = re.sub(r" \(parameter=\w+, value=.*\)$", "", response.error.message)
-            raise from_status(response.error.code, message, response.error.param)
+            raise _refusal(response.error.code, response.error.message, response.error.param)
         return response
 
     async def _check_fits(self, request: Any, body: dict[str, Any]) -> None:
@@ -119,9 +121,20 @@ class ChatEngine:
                 param="max_tokens",
             )
 
+    @property
+    def alive(self) -> bool:
+        return not self._client.errored
+
     def _check_alive(self) -> None:
-        if self._client.errored:
+        if not self.alive:
             raise EngineDied("The engine died.")
+
+
+def _refusal(code: int, message: str, param: str | None) -> ServiceError:
+    """vLLM's error as ours: its words where the request is at fault, none of them where the engine is."""
+    if code >= 500:
+        return from_status(code, "The engine failed on this request.")
+    return from_status(code, re.sub(r" \(parameter=\w+, value=.*\)$", "", message), param)
 
 
 def _has_gpu() -> bool:
@@ -130,8 +143,16 @@ def _has_gpu() -> bool:
     return not current_platform.is_cpu()
 
 
+class UnknownOption(BadSettings):
+    """An entry's `engine:` names `option`, which this vLLM does not have."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
 def engine_arguments(spec: ModelSpec) -> Any:
-    """vLLM's parsed arguments for a model. Raises BadSettings for an option vLLM does not have."""
+    """vLLM's parsed arguments for a model. Raises UnknownOption."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -149,7 +170,7 @@ def engine_arguments(spec: ModelSpec) -> Any:
     argv: list[str] = []
     for name, value in options.items():
         if name not in known:
-            raise BadSettings(f"model {spec.id!r}: engine: {name!r} is not an option of this vLLM")
+            raise UnknownOption(name, f"model {spec.id!r}: engine: {name!r} is not an option of this vLLM")
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))

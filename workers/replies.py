@@ -4,6 +4,8 @@ The broker's cost then grows with time, not with tokens. While one stream runs n
 """
 
 import asyncio
+import itertools
+import uuid
 from collections.abc import Callable
 
 from server.core.amqp import AmqpLink
@@ -12,6 +14,9 @@ from server.core.messages import ErrorFrame, Frame, FrameKind, encode, encode_fr
 
 TICK_S = 0.004
 """How long a frame may wait for others: below what a reader notices between two tokens."""
+
+RETRY_S = 0.2
+"""How soon frames are tried again that found the connection down."""
 
 
 class ReplyOutbox:
@@ -40,21 +45,25 @@ class ReplyOutbox:
             try:
                 self._link.send(reply_to, encode_frames(frames))
             except BrokerUnavailable:
-                # The server's reply queue went with the connection, and its requests have ended with
-                # an error there; there is nobody to send these to.
-                return
+                # Only this connection is down; whoever waits may still be there when it is back.
+                self._waiting[reply_to] = frames
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_later(RETRY_S, self.flush)
 
 
 class Reply:
-    """The way back to the one who waits for a job."""
+    """The way back to the one who waits for a job, for one run of it."""
 
     def __init__(self, outbox: ReplyOutbox, reply_to: str, request_id: str) -> None:
         self._outbox = outbox
         self._reply_to = reply_to
         self._request_id = request_id
+        self._run = uuid.uuid4().hex[:8]
+        self._seq = itertools.count()
 
     def send(self, kind: FrameKind, data: bytes = b"") -> None:
-        self._outbox.add(self._reply_to, Frame(self._request_id, kind, data))
+        self._outbox.add(self._reply_to, Frame(self._request_id, self._run, next(self._seq), kind, data))
 
     def fail(self, error: ServiceError) -> None:
         self.send("error", encode(ErrorFrame(error.status, error.message, error.param)))

@@ -16,14 +16,17 @@ import pika
 from pika import spec
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.channel import Channel
+from pika.exceptions import ChannelClosedByBroker
 
 from server.core import topology
 from server.core.errors import BrokerUnavailable, QueueFull
+from server.core.settings import BadSettings
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 20
 RECONNECT_MAX_S = 3.0
+PRECONDITION_FAILED = 406
 LOST = "The message broker is not reachable. Try again shortly."
 
 
@@ -67,6 +70,9 @@ class AmqpLink:
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._blocked = False
+        self._closing = False
+        self._was_ready = False
+        self._refusal: BadSettings | None = None
 
     @property
     def connected(self) -> bool:
@@ -85,6 +91,8 @@ class AmqpLink:
             raise BrokerUnavailable(LOST)
 
     async def close(self) -> None:
+        """Disconnect for good; what is not confirmed yet fails."""
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -95,6 +103,7 @@ class AmqpLink:
                 await asyncio.wait_for(self._gone.wait(), 5)
             except TimeoutError:
                 logger.warning("broker did not confirm the close", extra={"action": "amqp_close"})
+        self._fail_unconfirmed()
         self._ready.clear()
 
     async def publish(self, queue: str, body: bytes, *, message_id: str = "", persistent: bool = True) -> None:
@@ -115,6 +124,8 @@ class AmqpLink:
         )
         tag = self._basic_publish("", queue, body, properties, mandatory=False)
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Who waits may have gone by the time it fails; asyncio would complain that nobody looked.
+        confirmed.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._unconfirmed[tag] = confirmed
         return confirmed
 
@@ -185,7 +196,13 @@ class AmqpLink:
             channel: Channel, method: spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes
         ) -> None:
             count = (properties.headers or {}).get("x-delivery-count", 0)
-            on_message(Delivery(body, method.delivery_tag, int(count) + 1, channel))
+            try:
+                on_message(Delivery(body, method.delivery_tag, int(count) + 1, channel))
+            except Exception:
+                # Raised into pika it would cut the connection, for one message that nobody understood.
+                logger.exception("message not handled", extra={"action": "deliver", "queue": queue})
+                if prefetch:
+                    channel.basic_reject(method.delivery_tag, requeue=False)
 
         frame = await self._call(
             lambda channel, done: channel.basic_consume(queue, deliver, auto_ack=not prefetch, callback=done)
@@ -223,12 +240,15 @@ class AmqpLink:
         while True:
             try:
                 await self._connect()
-            except BrokerUnavailable:
+            except BrokerUnavailable as exc:
+                if self._refusal is not None and not self._was_ready:
+                    raise self._refusal from exc  # trying again would change nothing
                 logger.warning("broker not reachable", extra={"action": "amqp_connect", "retry_s": delay_s})
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RECONNECT_MAX_S)
                 continue
             delay_s = 0.1
+            self._was_ready = True
             self._ready.set()
             await self._gone.wait()
             self._lose()
@@ -239,13 +259,19 @@ class AmqpLink:
         gone = self._gone
 
         def on_failed(_connection: object, reason: BaseException) -> None:
-            logger.warning("broker connection ended", extra={"action": "amqp_lost", "reason": repr(reason)})
+            if not self._closing:
+                logger.warning("broker connection ended", extra={"action": "amqp_lost", "reason": repr(reason)})
             if not opened.done():
                 opened.set_exception(BrokerUnavailable(LOST))
             gone.set()
 
         def on_channel(channel: Channel) -> None:
+            if connection is not self._connection:  # given up on meanwhile
+                channel.connection.close()
+                return
             channel.add_on_close_callback(on_channel_closed)
+            # The broker cancels a consumer whose queue is gone: connect anew, and declare it again.
+            channel.add_on_cancel_callback(lambda _frame: channel.connection.close())
             channel.add_on_return_callback(lambda _ch, method, _props, _body: self._on_return(method.routing_key))
             channel.confirm_delivery(self._on_confirm, callback=on_confirms)
             self._channel = channel
@@ -257,6 +283,11 @@ class AmqpLink:
         def on_channel_closed(_channel: Channel, reason: BaseException) -> None:
             # A channel the broker closed (bad arguments, an ack timeout) takes its connection with it:
             # one way back to a known state.
+            if isinstance(reason, ChannelClosedByBroker) and reason.reply_code == PRECONDITION_FAILED:
+                self._refusal = BadSettings(
+                    f"The broker has a queue with other arguments: {reason.reply_text}. If QUEUE_MAX_JOBS was "
+                    f"changed, set it back, or delete that queue once it is empty."
+                )
             if connection.is_open:
                 connection.close()
             on_failed(connection, reason)
@@ -272,12 +303,17 @@ class AmqpLink:
         self._connection, self._tags, self._blocked = connection, itertools.count(1), False
         try:
             await asyncio.wait_for(asyncio.shield(opened), 10)
+            await self._setup(self)
         except TimeoutError as exc:
             raise BrokerUnavailable(LOST) from exc
-        await self._setup(self)
+        finally:
+            if not opened.done() or opened.exception() is not None:
+                self._connection = None
 
     def _set_blocked(self, blocked: bool) -> None:
         self._blocked = blocked
+        if blocked:
+            self._fail_unconfirmed()
         logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked})
 
     def _on_confirm(self, frame: Any) -> None:
@@ -300,8 +336,12 @@ class AmqpLink:
     def _lose(self) -> None:
         self._ready.clear()
         self._channel = None
+        self._fail_unconfirmed()
+        self._on_lost()
+
+    def _fail_unconfirmed(self) -> None:
+        """Whether the broker has them nobody knows; the receivers tell a second copy by its id."""
         unconfirmed, self._unconfirmed = self._unconfirmed, {}
         for confirmed in unconfirmed.values():
             if not confirmed.done():
                 confirmed.set_exception(BrokerUnavailable(LOST))
-        self._on_lost()

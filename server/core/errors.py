@@ -12,6 +12,7 @@
     │   ├── RateLimited              past the key's requests per minute
     │   └── QueueFull                the broker refused the job: the model's queue is full
     ├── EngineFailed            500  the engine broke on this request
+    ├── RecordRefused           500  Postgres will never take this data; its text may hold what was said
     ├── Unavailable             503  retry_after_s says when
     │   ├── BrokerUnavailable
     │   ├── DatabaseUnavailable
@@ -81,6 +82,10 @@ class QueueFull(TooManyRequests):
 
 
 class EngineFailed(ServiceError):
+    status = 500
+
+
+class RecordRefused(ServiceError):
     status = 500
 
 

@@ -1,6 +1,7 @@
 """uvicorn as one part of a process that decides itself when and how it ends."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import uvicorn
@@ -18,7 +19,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(drain_timeout_s) or None,
+            timeout_graceful_shutdown=math.ceil(drain_timeout_s),
         )
         super().__init__(config)
 

@@ -13,7 +13,7 @@ import msgspec
 
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import BrokerUnavailable, DeadlineExceeded, from_status
+from server.core.errors import BrokerUnavailable, DeadlineExceeded, Unavailable, from_status
 from server.core.messages import ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
 
 logger = logging.getLogger(__name__)
@@ -23,36 +23,71 @@ DEADLINE_GRACE_S = 2.0
 
 
 class Waiter:
-    """The frames of one request, in order."""
+    """The frames of one request, in order, of one run of its job.
+
+    A job may be run again before anything was told of the first run; after that, a second run or a lost
+    frame ends the request with an error, so that no text is ever repeated or missing.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.started = False
+        self._run = ""
+        self._seq = 0
+        self._told = False
         self._frames: asyncio.Queue[Frame | Exception] = asyncio.Queue()
 
     def put(self, item: Frame | Exception) -> None:
+        """Take in what arrived for this request."""
+        if isinstance(item, Frame):
+            if item.run != self._run and not self._begin(item):
+                return
+            if item.seq != self._seq:
+                item = _cut_short()
+            elif item.kind == "started":
+                self._seq += 1
+                return
+            else:
+                self._seq += 1
+                self._told = True
         self._frames.put_nowait(item)
 
+    def _begin(self, frame: Frame) -> bool:
+        """Follow the run of this frame from now on, if that is a new one."""
+        if self._run and frame.kind != "started":
+            return False  # of a run that was given up
+        if self._told:
+            self._frames.put_nowait(_cut_short())
+            return False
+        self._run, self.started = frame.run, True
+        self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
+        return True
+
     async def next(self) -> Frame:
-        """The next frame that says something: chunk, usage, result or done.
+        """The next frame: chunk, usage, result or done.
 
         Raises the ServiceError that the request ended with, or DeadlineExceeded.
         """
-        while True:
-            left = self.job.deadline + DEADLINE_GRACE_S - time.time()
-            try:
-                item = await asyncio.wait_for(self._frames.get(), max(left, 0))
-            except TimeoutError as exc:
-                raise DeadlineExceeded("No worker answered before the request's deadline.") from exc
-            if isinstance(item, Exception):
-                raise item
-            if item.kind == "error":
-                error = decode(ErrorFrame, item.data)
-                raise from_status(error.status, error.message, error.param)
-            if item.kind == "started":
-                self.started = True
-            else:
-                return item
+        item = await self._get()
+        if isinstance(item, Exception):
+            raise item
+        if item.kind == "error":
+            error = decode(ErrorFrame, item.data)
+            raise from_status(error.status, error.message, error.param)
+        return item
+
+    async def _get(self) -> Frame | Exception:
+        if not self._frames.empty():  # what has arrived counts, however late its reader comes
+            return self._frames.get_nowait()
+        left = self.job.deadline + DEADLINE_GRACE_S - time.time()
+        try:
+            return await asyncio.wait_for(self._frames.get(), max(left, 0))
+        except TimeoutError as exc:
+            raise DeadlineExceeded("No worker answered before the request's deadline.") from exc
+
+
+def _cut_short() -> Unavailable:
+    return Unavailable("The worker was lost in the middle of the answer. Ask again.", retry_after_s=1)
 
 
 class Inbox:
@@ -69,7 +104,8 @@ class Inbox:
         queue_max_jobs: int,
         also_consume: Callable[[AmqpLink], Awaitable[None]] | None = None,
     ) -> None:
-        self.queue = topology.replies_queue(f"{name}-{uuid.uuid4().hex[:12]}")
+        self.queue = ""
+        self._name = name
         self.waiting: dict[str, Waiter] = {}
         self._models = models
         self._queue_max_jobs = queue_max_jobs
@@ -92,7 +128,11 @@ class Inbox:
             raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
         waiter = self.waiting[job.id] = Waiter(job)
         try:
-            await self.publisher.publish(topology.jobs_queue(job.model, lane), encode(job), message_id=job.id)
+            async with asyncio.timeout(job.deadline - time.time()):
+                await self.publisher.publish(topology.jobs_queue(job.model, lane), encode(job), message_id=job.id)
+        except TimeoutError as exc:
+            self.release(job.id)
+            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
         except BaseException:
             self.release(job.id)
             raise
@@ -109,6 +149,8 @@ class Inbox:
             await link.declare_jobs(model, self._queue_max_jobs)
 
     async def _setup_consumer(self, link: AmqpLink) -> None:
+        # A new name for each connection: the broker may hold on to the old one's queue for a while.
+        self.queue = topology.replies_queue(f"{self._name}-{uuid.uuid4().hex[:12]}")
         await link.declare_queue(self.queue, exclusive=True)
         await link.consume(self.queue, self._on_frames)
         if self._also_consume is not None:

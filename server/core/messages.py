@@ -37,13 +37,13 @@ class Job:
     deadline: float
     session_id: str = ""
     recorded: bool = True
-    attempt: int = 1
     traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A piece of an answer. `data` by kind:
+    """A piece of an answer. `run` names the attempt that made it and `seq` counts its frames from 0, so that
+    a lost frame, or a second worker's answer to the same job, is noticed. `data` by kind:
 
     started  empty: a worker took the job from its queue
     chunk    the JSON of one streamed chunk
@@ -54,6 +54,8 @@ class Frame:
     """
 
     request_id: str
+    run: str
+    seq: int
     kind: FrameKind
     data: bytes = b""
 

@@ -3,6 +3,7 @@
 Mistakes fail at start and name the line: unknown keys, wrong types, duplicate ids, two defaults of a type.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,12 @@ class ModelSpec(BaseModel):
     query_prompt: str | None = None
     pooling: Literal["mean", "cls", "lasttoken", "max"] | None = None
     stand_in_for: tuple[str, ...] = ()
+
+    @property
+    def vector_space(self) -> str:
+        """Names what this model's vectors can be compared with: those of the same weights, made alike."""
+        made = f"{self.source}|{self.revision}|{self.pooling}|{self.dimensions}"
+        return f"{self.id}:{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
 
 class _File(BaseModel):
@@ -115,6 +122,14 @@ def _line_of(root: yaml.Node | None, path: tuple[int | str, ...]) -> int:
     return line
 
 
+def line_of_option(path: Path, model_id: str, option: str) -> int:
+    """The line of an entry's engine option, for who finds only later that it is wrong."""
+    text = path.read_text(encoding="utf-8")
+    entries = yaml.safe_load(text)["models"]
+    index = next(i for i, entry in enumerate(entries) if entry["id"] == model_id)
+    return _line_of(yaml.compose(text, Loader=yaml.SafeLoader), ("models", index, "engine", option))
+
+
 def _check_unique(models: list[ModelSpec], path: Path, root: yaml.Node) -> None:
     seen: dict[str, int] = {}
     defaults: dict[str, int] = {}
@@ -152,6 +167,8 @@ def load_registry(path: Path) -> Registry:
         content = yaml.safe_load(text)
     except OSError as exc:
         raise BadSettings(f"{path}: cannot be read ({exc.strerror}). Name it with --models or MODELS_FILE.") from exc
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as exc:
+        raise BadSettings(f"{path}:1: not valid YAML: it is not text in UTF-8") from exc
     except yaml.MarkedYAMLError as exc:
         line = exc.problem_mark.line + 1 if exc.problem_mark else 1
         raise BadSettings(f"{path}:{line}: not valid YAML: {exc.problem}") from exc
@@ -164,4 +181,10 @@ def load_registry(path: Path) -> Registry:
         raise BadSettings(f"{path}:{_line_of(root, error['loc'])}: {where}: {what}") from exc
     assert root is not None
     _check_unique(models, path, root)
-    return Registry(tuple(_anchored(model, path.parent) for model in models if model.enabled))
+    enabled = [(index, model) for index, model in enumerate(models) if model.enabled]
+    try:
+        return Registry(tuple(_anchored(model, path.parent) for _, model in enabled))
+    except RuntimeError as exc:
+        index = next(index for index, model in enabled if model.source.startswith("~"))
+        line = _line_of(root, ("models", index, "source"))
+        raise BadSettings(f"{path}:{line}: source: there is no such home folder") from exc

@@ -13,6 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.core.errors import ServiceError
 
+SECRETS = frozenset({"api_key", "database_url", "amqp_url"})
+"""Never shown, not even where they are wrong."""
+
 
 class BadSettings(ServiceError):
     """A setting, or models.yaml, is wrong. The message is for the person who starts the service."""
@@ -22,7 +25,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True)
 
     models_file: Path = Field(Path("models.yaml"), description="The models to serve")
-    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on, workers' probes included; `0.0.0.0` for every interface"
+    )
     port: int = Field(8000, ge=1, le=65535, description="Port of the API")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of a worker's `/metrics` and `/health`; 0 takes a free one"
@@ -36,8 +41,12 @@ class Settings(BaseSettings):
     rate_limit_per_minute: int = Field(50, ge=0, description="Requests a key may make each minute; 0: no limit")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request body; past it 413")
     queue_max_jobs: int = Field(512, ge=1, description="Jobs that may wait for a model; past it 429")
-    request_timeout_s: float = Field(300, gt=0, description="Longest a request may take, its wait included")
-    drain_timeout_s: float = Field(30, ge=0, description="What running requests get to finish on SIGTERM")
+    request_timeout_s: float = Field(
+        300, gt=0, allow_inf_nan=False, description="Longest a request may take, its wait included"
+    )
+    drain_timeout_s: float = Field(
+        30, ge=0, allow_inf_nan=False, description="What running requests get to finish on SIGTERM"
+    )
     log_level: str = Field("INFO", pattern="(?i)^(debug|info|warning|error)$", description="Least severe log line")
 
     @field_validator("api_key")
@@ -61,5 +70,9 @@ def load_settings(**given: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except pydantic.ValidationError as exc:
-        wrong = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']} (got {e['input']!r})" for e in exc.errors())
-        raise BadSettings(f"Wrong settings: {wrong}") from exc
+        wrong = []
+        for error in exc.errors():
+            name = str(error["loc"][0])
+            got = "" if name in SECRETS else f" (got {error['input']!r})"
+            wrong.append(f"{name.upper()}: {error['msg']}{got}")
+        raise BadSettings("Wrong settings: " + "; ".join(wrong)) from None

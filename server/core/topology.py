@@ -18,7 +18,7 @@ drop after 20 deliveries by default, and no record may be dropped."""
 DEAD = "dead"
 """Jobs that were delivered too often, for a person to look at."""
 
-DELIVERY_LIMIT = 3
+TRIES = 3
 """How often a job is tried before it is taken for poison: twice is bad luck with machines."""
 
 
@@ -38,5 +38,5 @@ def jobs_arguments(max_length: int) -> dict[str, Any]:
         "x-overflow": "reject-publish",
         "x-dead-letter-exchange": "",
         "x-dead-letter-routing-key": DEAD,
-        "x-delivery-limit": DELIVERY_LIMIT,
+        "x-delivery-limit": TRIES - 1,  # the broker counts what comes after the first
     }

@@ -11,13 +11,15 @@ import psycopg_pool
 import yoyo
 from pgvector.psycopg import register_vector_async
 from psycopg.rows import DictRow, dict_row
+from yoyo.exceptions import LockTimeout
 
-from server.core.errors import DatabaseUnavailable
+from server.core.errors import DatabaseUnavailable, RecordRefused
 
 logger = logging.getLogger(__name__)
 
 Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 
+OPEN_TIMEOUT_S = 15.0
 DOWN = "The database is not reachable. Try again shortly."
 
 
@@ -41,17 +43,35 @@ def make_pool(url: str, max_size: int = 8) -> Pool:
 
 @asynccontextmanager
 async def connection(pool: Pool) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
-    """A connection from the pool. Raises DatabaseUnavailable when Postgres is down, full or shutting down."""
+    """A connection from the pool.
+
+    Raises RecordRefused for data that Postgres will never take, and DatabaseUnavailable for everything else
+    that goes wrong (down, full, read-only, not migrated yet). The driver's text is not logged: it quotes rows.
+    """
     try:
         async with pool.connection() as conn:
             yield conn
-    except (psycopg.OperationalError, psycopg_pool.PoolTimeout) as exc:
-        logger.warning("database not reachable", extra={"action": "database", "error": type(exc).__name__})
+    except (psycopg.DataError, psycopg.IntegrityError) as exc:
+        raise RecordRefused(f"The database refused the data ({type(exc).__name__}, {exc.sqlstate}).") from None
+    except psycopg.Error as exc:
+        extra = {"action": "database", "error": type(exc).__name__, "sqlstate": exc.sqlstate}
+        logger.warning("database failed", extra=extra)
+        raise DatabaseUnavailable(DOWN, retry_after_s=5) from None
+
+
+async def open_pool(pool: Pool) -> None:
+    """Raises DatabaseUnavailable when no connection can be made in time."""
+    try:
+        await pool.open(wait=True, timeout=OPEN_TIMEOUT_S)
+    except psycopg.Error as exc:
         raise DatabaseUnavailable(DOWN, retry_after_s=5) from exc
 
 
-def migrate(url: str) -> list[str]:
-    """Bring the schema up to date; returns the migrations applied. Raises DatabaseUnavailable."""
+def migrate(url: str, *, alone: bool = False) -> list[str]:
+    """Bring the schema up to date; returns the migrations applied. Raises DatabaseUnavailable.
+
+    `alone` says that nobody else can be migrating, so that a lock found is one left by a killed process.
+    """
     driver_url = url.replace("postgresql://", "postgresql+psycopg://", 1).replace(
         "postgres://", "postgresql+psycopg://", 1
     )
@@ -59,10 +79,15 @@ def migrate(url: str) -> list[str]:
         backend = yoyo.get_backend(driver_url)
     except psycopg.OperationalError as exc:
         raise DatabaseUnavailable(DOWN, retry_after_s=5) from exc
+    if alone:
+        backend.break_lock()
     migrations = yoyo.read_migrations(str(Path(__file__).parent / "migrations"))
-    with backend.lock():
-        missing = backend.to_apply(migrations)
-        names = [migration.id for migration in missing]
-        backend.apply_migrations(missing)
+    try:
+        with backend.lock():
+            missing = backend.to_apply(migrations)
+            names = [migration.id for migration in missing]
+            backend.apply_migrations(missing)
+    except LockTimeout as exc:
+        raise DatabaseUnavailable("Another process is migrating the database. Try again when it is done.") from exc
     backend.connection.close()
     return names

@@ -1,7 +1,7 @@
 """What is asked of Postgres, one method a question. The SQL stands in `queries/`, a file each.
 
 Reads are the server's, writes of chats and vectors the archivist's. Every method raises
-DatabaseUnavailable when Postgres is not there.
+DatabaseUnavailable when Postgres is not there, and a write RecordRefused for data it will never take.
 """
 
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ class HistoryFilter:
 
 @dataclass(frozen=True, slots=True)
 class SimilarQuery:
-    """`vector`: float32 (dimensions,), L2-normalised, in the space of `model`."""
+    """`vector`: float32 (dimensions,), L2-normalised, in the space `space` (`ModelSpec.vector_space`)."""
 
-    model: str
+    space: str
     vector: NDArray[np.float32]
     limit: int
     threshold: float
@@ -107,13 +107,15 @@ class Store:
         """Chats without a vector: rows of `id, key_id, messages`."""
         return await self._rows("pending_chats", {"limit": limit})
 
-    async def count_pending(self) -> int:
-        return int((await self._rows("count_pending"))[0]["count"])
+    async def requeue_vectors(self, space: str) -> int:
+        """Let every chat wait for a vector in `space` if it was never met before; returns how many."""
+        return await self._execute("requeue_vectors", {"space": space})
 
-    async def requeue_vectors(self, model: str) -> int:
-        return await self._execute("requeue_vectors", {"model": model})
+    async def drop_pending(self, chat_id: int) -> None:
+        """Leave a chat without a vector."""
+        await self._execute("drop_pending", {"chat_id": chat_id})
 
-    async def write_vectors(self, chats: list[Row], model: str, vectors: NDArray[np.float32]) -> None:
+    async def write_vectors(self, chats: list[Row], space: str, vectors: NDArray[np.float32]) -> None:
         """`vectors`: float32 (n_chats, dimensions), in the order of `chats`."""
         await self._execute(
             "write_vectors",
@@ -121,7 +123,7 @@ class Store:
                 "chat_id": [chat["id"] for chat in chats],
                 "key_id": [chat["key_id"] for chat in chats],
                 "embedding": [HalfVector(vector) for vector in vectors],
-                "model": model,
+                "space": space,
             },
         )
 
@@ -131,9 +133,8 @@ class Store:
             "similar",
             {
                 "key_id": key_id,
-                "model": query.model,
+                "space": query.space,
                 "query": HalfVector(query.vector),
-                "dimensions": len(query.vector),
                 "limit": query.limit,
                 "threshold": query.threshold,
             },

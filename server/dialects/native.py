@@ -32,11 +32,13 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     session_id = body.session_id or f"session-{uuid.uuid4().hex}"
     headers = {"X-Session-Id": session_id, **_notes(body.model, spec, body.model_extra)}
     call = Call(
+        request_id=request.state.request_id,
         spec=spec,
         endpoint="/chat",
         body=_engine_body(body, spec),
         key_id=principal.key_id,
         session_id=session_id,
+        traceparent=request.headers.get("traceparent", ""),
     )
     dispatcher: Dispatcher = request.app.state.dispatcher
     ticket = await dispatcher.submit(call)
@@ -49,7 +51,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         raise
     if body.stream:
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
-        return SseResponse(_stream(request, ticket, first, session_id, wants_usage), headers)
+        return SseResponse(_stream(request, ticket, first, session_id, wants_usage), headers, ticket.close)
     ticket.close()
     return _json(_answer(first.data, session_id), headers)
 
@@ -130,8 +132,6 @@ async def _stream(
     except ServiceError as exc:
         # Too late for a status: the event says it, and the missing [DONE] that the answer is not whole.
         yield event(orjson.dumps(error_body(exc.status, exc.message)))
-    finally:
-        ticket.close()
 
 
 async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
@@ -139,7 +139,14 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     principal: Principal = request.state.principal
     spec = request.app.state.registry.resolve(body.model, "embedding")
     request.state.model = spec.id
-    call = Call(spec=spec, endpoint="/embeddings", body={"input": body.texts}, key_id=principal.key_id)
+    call = Call(
+        request_id=request.state.request_id,
+        spec=spec,
+        endpoint="/embeddings",
+        body={"input": body.texts},
+        key_id=principal.key_id,
+        traceparent=request.headers.get("traceparent", ""),
+    )
     vectors, prompt_tokens = await embed(request, call)
     data = [{"object": "embedding", "embedding": vector, "index": i} for i, vector in enumerate(vectors)]
     content = {

@@ -26,7 +26,8 @@ async def _database_connected(request: Request) -> bool:
 
 
 async def check(request: Request) -> Health:
-    """Unhealthy: chat cannot work. Degraded: chat works, but something else does not."""
+    """Unhealthy: chat cannot work (embeddings, where no chat model is configured). Degraded: it works, but
+    something else does not."""
     state = request.app.state
     fleet: Fleet = state.dispatcher.fleet
     registry: Registry = state.registry
@@ -34,9 +35,10 @@ async def check(request: Request) -> Health:
     rabbitmq = state.dispatcher.connected
     database = await _database_connected(request)
     status: Literal["healthy", "degraded", "unhealthy"]
-    if not (chat and rabbitmq and database):
+    needed = registry.default("chat") or registry.default("embedding")
+    if not (rabbitmq and database and needed and fleet.has(needed.type, needed.id)):
         status = "unhealthy"
-    elif not (embedding and fleet.has("archive") and all(fleet.has(m.type, m.id) for m in registry.models)):
+    elif not (fleet.has("archive") and all(fleet.has(m.type, m.id) for m in registry.models)):
         status = "degraded"
     else:
         status = "healthy"

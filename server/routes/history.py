@@ -91,6 +91,7 @@ async def similar(request: Request, body: SimilarRequest) -> list[SimilarChat]:
         raise Unavailable("No embedding model is configured, so chats cannot be searched by meaning.")
     request.state.model = spec.id
     call = Call(
+        request_id=request.state.request_id,
         spec=spec,
         endpoint="/chat/similar",
         body={"input": [body.query], "input_type": "query"},
@@ -98,7 +99,9 @@ async def similar(request: Request, body: SimilarRequest) -> list[SimilarChat]:
         recorded=False,
     )
     vectors, _ = await native.embed(request, call)
-    rows = await _store(request).similar(key_id, SimilarQuery(spec.id, vectors[0], body.limit, body.threshold))
+    rows = await _store(request).similar(
+        key_id, SimilarQuery(spec.vector_space, vectors[0], body.limit, body.threshold)
+    )
     return [SimilarChat(**row) for row in rows]
 
 

@@ -41,7 +41,9 @@ class ChatRequest(BaseModel):
     messages: list[Message] = Field(
         min_length=1, examples=[[{"role": "user", "content": "What is the capital of France?"}]]
     )
-    model: str | None = Field(None, description="The default chat model if left out", examples=["qwen3-0.6b"])
+    model: str | None = Field(
+        None, max_length=128, description="The default chat model if left out", examples=["qwen3-0.6b"]
+    )
     max_tokens: int = Field(100, ge=1, le=2**31 - 1, description="Most tokens to generate")
     temperature: float = Field(0.7, ge=0, le=2)
     top_p: float = Field(0.9, ge=0, le=1)

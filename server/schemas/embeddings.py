@@ -30,7 +30,7 @@ class EmbeddingRequest(BaseModel):
         | None
     ) = Field(None, description="OpenAI's name for it: a text or a list of texts")
     model: str | None = Field(
-        None, description="The default embedding model if left out", examples=["qwen3-embedding-0.6b"]
+        None, max_length=128, description="The default embedding model if left out", examples=["qwen3-embedding-0.6b"]
     )
 
     @model_validator(mode="after")

@@ -15,6 +15,11 @@ async def nothing(link: AmqpLink) -> None:
     """A set-up that declares nothing."""
 
 
+async def publish_many(link: AmqpLink, queue: str, count: int) -> None:
+    for _ in range(count):
+        await link.publish(queue, b"x")
+
+
 async def until(check: object, timeout_s: float = 10) -> None:
     async with asyncio.timeout(timeout_s):
         while not check():  # type: ignore[operator]
@@ -30,8 +35,7 @@ async def test_a_full_queue_refuses_and_takes_again(amqp_url: str) -> None:
     # When more come than it holds, then it refuses: quorum queues tell so a little late, so that a few
     # more than two may get in
     with pytest.raises(QueueFull):
-        for _ in range(20):
-            await link.publish(queue, b"x")
+        await publish_many(link, queue, 20)
     # And takes new ones once it was emptied
     await link.consume(queue, lambda delivery: link.ack(delivery), prefetch=50)
     await asyncio.sleep(0.5)
@@ -62,7 +66,7 @@ async def test_an_unacked_job_is_delivered_again_until_it_is_dead(amqp_url: str)
     await link.consume(topology.DEAD, lambda delivery: dead.append(delivery.body))
     # Then it comes again with its number of attempts, and at last goes to the dead letters
     await until(lambda: body in dead)
-    assert attempts == list(range(1, topology.DELIVERY_LIMIT + 2))
+    assert attempts == list(range(1, topology.TRIES + 1))
     await link.close()
 
 

@@ -32,7 +32,7 @@ async def publisher(settings: Settings) -> AsyncIterator[AmqpLink]:
         job = decode(Job, delivery.body)
         rows = [np.eye(16, dtype="<f4")[len(text) % 16] for text in job.body["input"]]
         result = EmbeddingResult(MODEL.id, 16, len(rows), np.stack(rows).tobytes())
-        link.send(job.reply_to, encode_frames([Frame(job.id, "result", encode_embeddings(result))]))
+        link.send(job.reply_to, encode_frames([Frame(job.id, "run", 0, "result", encode_embeddings(result))]))
         link.ack(delivery)
 
     async def setup(own: AmqpLink) -> None:
@@ -52,9 +52,11 @@ async def archivist(settings: Settings) -> AsyncIterator[Archivist]:
     made = Archivist(settings, Registry((MODEL,)))
     running = asyncio.create_task(made.run())
     await until(lambda: made.probe.ready or running.done())
-    yield made
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert await running == 0
+    try:
+        yield made
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await running == 0
 
 
 def record(key_id: int, content: str) -> Record:
@@ -79,7 +81,7 @@ async def test_records_become_rows_and_vectors_once(
                 await asyncio.sleep(0.05)
         assert len(rows) == 10
         # And is found by its vector
-        query = SimilarQuery(MODEL.id, np.eye(16, dtype=np.float32)[3], 5, 0.9)
+        query = SimilarQuery(MODEL.vector_space, np.eye(16, dtype=np.float32)[3], 5, 0.9)
         async with asyncio.timeout(10):
             while not (found := await store.similar(key_id, query)):
                 await asyncio.sleep(0.05)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from server.core.errors import DatabaseUnavailable
+from server.core.errors import DatabaseUnavailable, RecordRefused
 from server.core.messages import Record
 from server.db.pool import make_pool, migrate
 from server.db.store import HistoryFilter, SimilarQuery, Store
@@ -76,7 +76,7 @@ async def test_text_comes_back_as_it_was(store: Store, key_id: int) -> None:
 
 async def test_similar_is_exact_ordered_and_the_keys_own(store: Store, key_id: int) -> None:
     # Given 300 chats of one key with random vectors, another key's chat that is nearer than all of them,
-    # and vectors of another model and of other dimensions
+    # vectors in other spaces, of other dimensions too, and one without a direction
     rng = np.random.default_rng(0)
     await store.write([chat(key_id) for _ in range(300)])
     rows = await store.history(key_id, HistoryFilter(limit=300, offset=0))
@@ -92,7 +92,10 @@ async def test_similar_is_exact_ordered_and_the_keys_own(store: Store, key_id: i
     (foreign,) = await store.history(stranger, ALL)
     await store.write_vectors([{"id": foreign["id"], "key_id": stranger}], "e", query[None])
     await store.write_vectors(rows[:5], "another", np.tile(query, (5, 1)))
-    await store.write_vectors(rows[5:9], "e", np.eye(4, 32, dtype=np.float32))
+    await store.write_vectors(rows[5:9], "short", np.eye(4, 32, dtype=np.float32))
+    await store.write([chat(key_id, session_id="zero")])
+    (zero,) = await store.history(key_id, HistoryFilter(limit=1, offset=0, session_id="zero"))
+    await store.write_vectors([{"id": zero["id"], "key_id": key_id}], "e", np.zeros((1, 64), dtype=np.float32))
     # When the key searches
     found = await store.similar(key_id, SimilarQuery("e", query, 10, 0.0))
     # Then it gets the ten that an exact search over its own gets, with the cosine (half precision)
@@ -100,6 +103,8 @@ async def test_similar_is_exact_ordered_and_the_keys_own(store: Store, key_id: i
     best = np.argsort(-cosines)[:10]
     assert [row["id"] for row in found] == [rows[i]["id"] for i in best]
     assert [row["similarity"] for row in found] == pytest.approx(cosines[best], abs=2e-3)
+    # The one without a direction is like nothing, though everything else is listed
+    assert len(await store.similar(key_id, SimilarQuery("e", query, 1000, 0.0))) == 300
     # And the threshold cuts
     threshold = float((cosines[best[2]] + cosines[best[3]]) / 2)
     assert len(await store.similar(key_id, SimilarQuery("e", query, 10, threshold))) == 3
@@ -111,9 +116,22 @@ async def test_pending_vectors_are_the_chats_without_one(store: Store, key_id: i
     assert len(mine) == 2
     await store.write_vectors(mine, "e", np.eye(2, 8, dtype=np.float32))
     assert not [row for row in await store.pending_chats(1000) if row["key_id"] == key_id]
-    # Another model's vectors are wanted when the model changes
-    await store.requeue_vectors("new")
+    # Another model's vectors are wanted the first time it is met, and only then
+    space = secrets.token_hex(4)
+    assert await store.requeue_vectors(space) >= 2
     assert len([row for row in await store.pending_chats(1000) if row["key_id"] == key_id]) == 2
+    assert await store.requeue_vectors(space) == 0
+    # One that will never have a vector is left out
+    await store.drop_pending(mine[0]["id"])
+    assert len([row for row in await store.pending_chats(1000) if row["key_id"] == key_id]) == 1
+
+
+async def test_data_that_postgres_refuses_is_told_apart_from_a_failure(store: Store, key_id: int) -> None:
+    with pytest.raises(RecordRefused, match="ForeignKeyViolation"):
+        await store.write([chat(key_id), chat(10**12)])
+    with pytest.raises(RecordRefused):
+        await store.write([chat(key_id, model="a\x00b")])
+    assert await store.history(key_id, ALL) == []
 
 
 async def test_the_rate_is_counted_per_key_and_not_for_the_revoked(store: Store) -> None:

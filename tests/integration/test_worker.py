@@ -5,6 +5,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import pytest
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import DeadlineExceeded, EngineFailed, InvalidRequest
-from server.core.inbox import Inbox
+from server.core.inbox import Inbox, Waiter
 from server.core.messages import Cancel, Job, Record, WorkerType, decode, encode
 from server.core.settings import Settings
 from tests.integration.test_amqp import until
-from workers.base import Worker
+from workers.base import Answer, Worker
 from workers.replies import Reply
 
 
@@ -38,7 +39,7 @@ class EchoWorker(Worker):
     async def stop(self) -> None:
         pass
 
-    async def handle(self, job: Job, reply: Reply) -> Record:
+    async def handle(self, job: Job, reply: Reply) -> Answer:
         self.seen.append(job.id)
         if job.body.get("break"):
             raise RuntimeError("secret detail")
@@ -49,9 +50,9 @@ class EchoWorker(Worker):
         except asyncio.CancelledError:
             self.cancelled.append(job.id)
             raise
-        reply.send("result", str(job.body["say"]).encode())
         now = time.time()
-        return Record(job.id, "chat", job.key_id, job.model, job.endpoint, 1, 1, now, now, finish_reason="stop")
+        record = Record(job.id, "chat", job.key_id, job.model, job.endpoint, 1, 1, now, now, finish_reason="stop")
+        return Answer("result", str(job.body["say"]).encode(), record)
 
 
 @dataclass
@@ -129,7 +130,9 @@ async def test_an_expired_job_is_never_generated(bench: Bench) -> None:
         created_at=now - 20,
         deadline=now - 0.1,
     )
-    waiter = await bench.inbox.submit(job, "interactive")
+    waiter = bench.inbox.waiting[job.id] = Waiter(job)
+    queue = topology.jobs_queue(bench.worker.model, "interactive")
+    await bench.inbox.publisher.publish(queue, encode(job))
     with pytest.raises(DeadlineExceeded, match="past its deadline"):
         await waiter.next()
     assert bench.worker.seen == []
@@ -167,6 +170,59 @@ async def test_a_cancelled_job_stops_and_is_not_tried_again(bench: Bench) -> Non
     await until(lambda: bench.worker.cancelled == [job.id])
     await asyncio.sleep(0.5)
     assert bench.worker.seen == [job.id]
+
+
+async def test_a_job_cancelled_in_the_queue_is_never_generated(bench: Bench) -> None:
+    # Given a cancel that arrives before its job does
+    job = bench.job(say="x")
+    bench.inbox.publisher.broadcast(topology.CONTROL, encode(Cancel(job.id)))
+    await asyncio.sleep(0.3)
+    await bench.inbox.submit(job, "interactive")
+    # Then the job is taken from the queue and dropped
+    queue = topology.jobs_queue(bench.worker.model, "interactive")
+    await asyncio.sleep(0.3)
+    assert (await bench.inbox.publisher.declare_queue(queue, passive=True))[0] == 0
+    assert bench.worker.seen == []
+    assert bench.worker.beacon.running == 0
+
+
+async def test_a_cancel_in_the_same_breath_leaks_nothing(bench: Bench) -> None:
+    # Given jobs whose cancels follow at once
+    jobs = [bench.job(say="x", wait_s=30) for _ in range(8)]
+    for job in jobs:
+        await bench.inbox.submit(job, "interactive")
+        bench.inbox.publisher.broadcast(topology.CONTROL, encode(Cancel(job.id)))
+    # Then all the slots are free again
+    await until(lambda: bench.worker.beacon.running == 0)
+    waiter = await bench.inbox.submit(bench.job(say="next"), "interactive")
+    assert (await waiter.next()).data == b"next"
+
+
+async def test_a_job_delivered_again_while_it_runs_is_run_once(bench: Bench) -> None:
+    # Given a running job
+    job = bench.job(say="once", wait_s=1)
+    waiter = await bench.inbox.submit(job, "interactive")
+    await until(lambda: job.id in bench.worker.seen)
+    # When the worker's consuming connection is cut, so that the broker delivers the job again
+    bench.worker._consumer._connection._transport._sock.shutdown(socket.SHUT_RDWR)
+    # Then it is answered once, and done with
+    assert (await waiter.next()).data == b"once"
+    queue = topology.jobs_queue(bench.worker.model, "interactive")
+    await until(lambda: bench.worker.beacon.running == 0)
+    await asyncio.sleep(0.3)
+    assert bench.worker.seen == [job.id]
+    assert await bench.inbox.publisher.declare_queue(queue, passive=True) == (0, 1)
+
+
+async def test_an_answer_survives_the_publishing_connection(bench: Bench) -> None:
+    # Given a running job whose worker loses the connection it answers on
+    job = bench.job(say="whole", wait_s=0.5)
+    waiter = await bench.inbox.submit(job, "interactive")
+    await until(lambda: job.id in bench.worker.seen)
+    bench.worker._publisher._connection._transport._sock.shutdown(socket.SHUT_RDWR)
+    # Then the answer and the record arrive all the same, once
+    assert (await waiter.next()).data == b"whole"
+    await until(lambda: [record.request_id for record in bench.records] == [job.id])
 
 
 async def test_a_server_that_is_gone_has_its_jobs_stopped(bench: Bench, settings: Settings) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ async def running(encoder: FakeEncoder, max_batch_tokens: int = 100) -> AsyncIte
     batcher = Batcher(encoder, max_batch_tokens)
     task = asyncio.create_task(batcher.run())
     try:
-        yield batcher
+        async with asyncio.timeout(5):
+            yield batcher
         assert not task.done()
     finally:
         encoder.let_go.set()
@@ -130,7 +132,7 @@ async def test_any_batches_keep_order_and_budget(tokens: list[int], budget: int)
     # And no batch of several exceeds the budget
     assert all(len(batch) == 1 or max(batch) * len(batch) <= budget for batch in sizes)
     # And no batch ended while the next text would have fitted
-    for batch, following in zip(sizes, sizes[1:], strict=False):
+    for batch, following in pairwise(sizes):
         assert max(*batch, following[0]) * (len(batch) + 1) > budget
 
 

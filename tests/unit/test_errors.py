@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from server.core import errors
 from server.core.errors import ServiceError, from_status
 from server.errors import MAX_SHOWN, add_error_handlers, describe, error_body
+from server.middleware import Accounting
 from server.schemas.service import ErrorBody
 
 STATUSES = {
@@ -29,6 +30,7 @@ STATUSES = {
     errors.RateLimited: 429,
     errors.QueueFull: 429,
     errors.EngineFailed: 500,
+    errors.RecordRefused: 500,
     errors.Unavailable: 503,
     errors.BrokerUnavailable: 503,
     errors.DatabaseUnavailable: 503,
@@ -37,7 +39,7 @@ STATUSES = {
 }
 
 
-def subclasses(cls: type) -> set[type]:
+def subclasses(cls: type[Any]) -> set[type[Any]]:
     return {cls, *(deeper for sub in cls.__subclasses__() for deeper in subclasses(sub))}
 
 
@@ -145,7 +147,9 @@ def test_only_the_first_wrong_fields_are_named() -> None:
 
 def test_a_large_value_is_shortened() -> None:
     told = describe([error("int_type", "count", input="x" * 10_000)])
-    assert told == "count: Input should be good (got '" + "x" * 56 + "...)"
+    assert told.startswith("count: Input should be good (got 'xxxx")
+    assert "..." in told
+    assert len(told) < 100
 
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:
@@ -175,6 +179,7 @@ def test_an_error_body_has_the_documented_shape() -> None:
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     """Of an application whose one route raises what the query names."""
     app = FastAPI()
+    app.add_middleware(Accounting)
     add_error_handlers(app)
     raised: dict[str, Exception] = {
         "full": errors.QueueFull("The queue is full.", retry_after_s=3),
@@ -235,13 +240,15 @@ async def test_an_unexpected_error_is_logged_and_not_told(
     assert "hunter2" not in response.text + str(response.headers)
     assert "RuntimeError" not in response.text
     # And the log has it
-    (record,) = [r for r in caplog.records if r.name == "server.errors"]
+    (record,) = [r for r in caplog.records if r.name.startswith("server.")]
     assert record.exc_info is not None
     assert "hunter2" in str(record.exc_info[1])
+    # And by the request's id the one is found by the other
+    assert record.__dict__["request_id"] == response.headers["x-request-id"]
 
 
 async def test_the_frameworks_own_errors_have_the_shape_too(client: httpx.AsyncClient) -> None:
-    response = await client.get("/nowhere\x1b")
+    response = await client.get("/nowhere%1b")
     assert (response.status_code, told(response)) == (
         404,
         "There is no /nowhere\\x1b here. The API is listed at /docs.",
@@ -261,7 +268,7 @@ async def test_a_wrong_body_is_a_400_that_names_the_fields(client: httpx.AsyncCl
     assert told(response) == (
         "count: Input should be greater than or equal to 0 (got -1); inner.0.name: Field required"
     )
-    response = await client.post("/body", json={name: "x" for name in ("count", "a", "b", "c", "d", "e")})
+    response = await client.post("/body", json=dict.fromkeys(("count", "a", "b", "c", "d", "e"), "x"))
     assert told(response).endswith("; and 1 more")
 
 

@@ -24,7 +24,7 @@ from server.core.messages import (
     encode_frames,
 )
 
-AWKWARD = 'nul \x00, quote " \\, line\nbreak, ünïcödé, 日本, 🦀, ‮rtl, \u2028'
+AWKWARD = 'nul \x00, quote " \\, line\nbreak, ünïcödé, 日本, 🦀, \u202ertl, \u2028'
 
 JOB = Job(
     id="a1",
@@ -37,7 +37,6 @@ JOB = Job(
     deadline=1700000300.25,
     session_id="session-1",
     recorded=False,
-    attempt=2,
     traceparent="00-ab-cd-01",
 )
 RECORD = Record(
@@ -55,6 +54,8 @@ RECORD = Record(
     finish_reason="stop",
     texts=0,
 )
+FIELDS = {"request_id": "a", "run": "r", "seq": 3, "kind": "chunk", "data": b"\x00x"}
+FRAME = Frame("a", "r", 3, "chunk", b"\x00x")
 STATUS = Status("chat-host-1", "chat", "qwen3-0.6b", True, 3, 1, 55.5, 12.0, 9100, 4, 0.25, 13.0)
 
 
@@ -85,18 +86,29 @@ def test_an_older_process_reads_a_newer_message(message: Any) -> None:
 def test_a_newer_process_reads_an_older_message() -> None:
     # Given a job without the fields that have defaults
     fields = msgspec.to_builtins(JOB)
-    older = {k: v for k, v in fields.items() if k not in ("session_id", "recorded", "attempt", "traceparent")}
+    older = {k: v for k, v in fields.items() if k not in ("session_id", "recorded", "traceparent")}
     # When it is read
     job = decode(Job, msgspec.json.encode(older))
     # Then the defaults stand in
-    assert (job.session_id, job.recorded, job.attempt, job.traceparent) == ("", True, 1, "")
+    assert (job.session_id, job.recorded, job.traceparent) == ("", True, "")
     assert job.body == JOB.body
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"null", b"[]", b"{}", b"{", b'{"id": "x"}', b"\xff\xfe", encode(JOB)[:-1], encode(JOB) + b"x"]
-    + [encode(JOB).replace(b'"key_id":7', b'"key_id":"7"'), encode(JOB).replace(b'"a1"', b"null")],
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"{",
+        b'{"id": "x"}',
+        b"\xff\xfe",
+        encode(JOB)[:-1],
+        encode(JOB) + b"x",
+        encode(JOB).replace(b'"key_id":7', b'"key_id":"7"'),
+        encode(JOB).replace(b'"a1"', b"null"),
+    ],
 )
 def test_what_is_no_job_is_refused(body: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
@@ -105,8 +117,14 @@ def test_what_is_no_job_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"\xc1", encode_frames([Frame("a", "chunk", b"x")])[:-1], msgspec.msgpack.encode([{"request_id": "a"}])]
-    + [msgspec.msgpack.encode([{"request_id": "a", "kind": "gossip", "data": b""}]), msgspec.msgpack.encode({})],
+    [
+        b"",
+        b"\xc1",
+        encode_frames([FRAME])[:-1],
+        msgspec.msgpack.encode([{"request_id": "a"}]),
+        msgspec.msgpack.encode([{**FIELDS, "kind": "gossip"}]),
+        msgspec.msgpack.encode({}),
+    ],
 )
 def test_what_are_no_frames_is_refused(body: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
@@ -114,13 +132,15 @@ def test_what_are_no_frames_is_refused(body: bytes) -> None:
 
 
 def test_frames_of_a_newer_version_are_read() -> None:
-    newer = msgspec.msgpack.encode([{"request_id": "a", "kind": "chunk", "data": b"x", "sequence": 4}])
-    assert decode_frames(newer) == [Frame("a", "chunk", b"x")]
+    newer = msgspec.msgpack.encode([{**FIELDS, "lane": "batch"}])
+    assert decode_frames(newer) == [FRAME]
 
 
 FRAMES = st.builds(
     Frame,
     request_id=st.text(st.characters(exclude_categories=["Cs"])),
+    run=st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    seq=st.integers(0, 2**40),
     kind=st.sampled_from(["started", "chunk", "usage", "result", "error", "done"]),
     data=st.binary(max_size=200),
 )

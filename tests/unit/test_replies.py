@@ -37,7 +37,7 @@ def outbox_of(link: FakeLink, *, busy: bool) -> ReplyOutbox:
 
 
 def frame(request_id: str, text: str) -> Frame:
-    return Frame(request_id, "chunk", text.encode())
+    return Frame(request_id, "run", 0, "chunk", text.encode())
 
 
 async def test_one_flush_makes_one_message_a_reply_queue(link: FakeLink) -> None:
@@ -107,29 +107,48 @@ def test_the_tick_is_below_what_a_reader_notices() -> None:
     assert 0 < replies.TICK_S <= 0.01
 
 
-async def test_frames_for_a_lost_broker_are_dropped_and_later_ones_sent(link: FakeLink) -> None:
-    # Given a broker that is gone
-    outbox = outbox_of(link, busy=True)
+async def test_frames_for_a_lost_broker_wait_until_it_is_back(link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a connection that is down
+    monkeypatch.setattr(replies, "RETRY_S", 0.01)
+    outbox = outbox_of(link, busy=False)
     link.lost = True
     outbox.add("replies.a", frame("r1", "1"))
     outbox.add("replies.b", frame("r2", "2"))
-    # When the tick comes, then nothing is raised: nobody could be told
-    outbox.flush()
-    # And when the broker is back, only what came since is sent
+    # When ticks come and go meanwhile, then nothing is raised and nothing sent
+    await asyncio.sleep(0.05)
+    assert link.sent == []
+    # And when it is back, everything is sent, what was added last behind what waited
+    outbox.add("replies.a", frame("r1", "3"))
     link.lost = False
-    outbox.add("replies.a", frame("r3", "3"))
-    outbox.flush()
-    assert link.sent == [("replies.a", [frame("r3", "3")])]
+    async with asyncio.timeout(5):
+        while not link.sent:
+            await asyncio.sleep(0.001)
+    assert link.sent == [("replies.a", [frame("r1", "1"), frame("r1", "3")]), ("replies.b", [frame("r2", "2")])]
+    # And only once
+    await asyncio.sleep(0.05)
+    assert len(link.sent) == 2
 
 
-async def test_a_reply_addresses_its_frames(link: FakeLink) -> None:
+async def test_a_reply_addresses_and_counts_its_frames(link: FakeLink) -> None:
+    # When two runs of one job answer, as after a redelivery
     outbox = outbox_of(link, busy=True)
-    reply = Reply(outbox, "replies.a", "r1")
-    reply.send("started")
-    reply.send("chunk", b"{}")
-    reply.send("done")
+    first, second = Reply(outbox, "replies.a", "r1"), Reply(outbox, "replies.a", "r1")
+    first.send("started")
+    second.send("started")
+    first.send("chunk", b"{}")
+    first.send("done")
     outbox.flush()
-    assert link.sent == [("replies.a", [Frame("r1", "started"), Frame("r1", "chunk", b"{}"), Frame("r1", "done")])]
+    # Then the frames say which run made them, and count from 0 in each
+    ((queue, frames),) = link.sent
+    assert queue == "replies.a"
+    one, other = frames[0].run, frames[1].run
+    assert one != other
+    assert frames == [
+        Frame("r1", one, 0, "started"),
+        Frame("r1", other, 0, "started"),
+        Frame("r1", one, 1, "chunk", b"{}"),
+        Frame("r1", one, 2, "done"),
+    ]
 
 
 async def test_a_failure_travels_with_status_message_and_field(link: FakeLink) -> None:

@@ -115,7 +115,7 @@ def test_keys_are_split_at_commas(monkeypatch: pytest.MonkeyPatch, given: str, k
 @pytest.mark.parametrize("given", ["schlüssel", "two words", "good,b\x07d", "good,tab\tbed"])
 def test_a_key_no_header_could_carry_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("API_KEY", given)
-    with pytest.raises(BadSettings, match="API_KEY: .*printable ASCII without spaces"):
+    with pytest.raises(BadSettings, match=r"API_KEY: .*printable ASCII without spaces"):
         load_settings()
 
 

@@ -1,6 +1,7 @@
 """The transcript: the same message from a whole answer and from any cut of it into chunks."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -160,6 +161,14 @@ def test_a_call_that_starts_empty_takes_its_arguments_later(function: dict[str, 
     assert call["id"] == "call-1"
 
 
+def test_what_comes_later_takes_nothing_back() -> None:
+    # Given chunks behind the one that ended the answer, and behind the usage
+    transcript = transcript_of(chunk({"content": "a"}, "length"), chunk({"content": ""}), USAGE, chunk({}))
+    # Then how it ended and what it cost still stand
+    assert transcript.finish_reason == "length"
+    assert transcript.usage.completion_tokens == 7
+
+
 def test_an_answer_cut_short_keeps_what_came() -> None:
     # Given a stream that broke off: no reason, no usage
     transcript = transcript_of(chunk({"content": "The cap"}))
@@ -186,7 +195,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 def cut(text: str, places: list[int]) -> list[str]:
     edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 @given(TEXT, TEXT, st.lists(st.integers(0, 100), max_size=8), st.lists(st.integers(0, 100), max_size=8))

@@ -42,13 +42,18 @@ CREATE INDEX chats_by_model ON chats (key_id, model, id DESC);
 CREATE TABLE chat_vectors (
     chat_id bigint NOT NULL REFERENCES chats ON DELETE CASCADE,
     key_id bigint NOT NULL,
-    model text NOT NULL,
-    dimensions smallint NOT NULL,
+    space text NOT NULL,
     embedding halfvec NOT NULL,
-    PRIMARY KEY (chat_id, model, dimensions)
+    PRIMARY KEY (chat_id, space)
 );
 ALTER TABLE chat_vectors ALTER COLUMN embedding SET STORAGE PLAIN;
-CREATE INDEX chat_vectors_by_key ON chat_vectors (key_id, model, dimensions);
+CREATE INDEX chat_vectors_by_key ON chat_vectors (key_id, space);
+
+-- The spaces that all chats have been queued for.
+CREATE TABLE vector_spaces (
+    space text PRIMARY KEY,
+    queued_at timestamptz NOT NULL DEFAULT now()
+);
 
 -- Chats that wait for their vector: filled with the chat, emptied with the vector.
 CREATE TABLE chat_vectors_pending (

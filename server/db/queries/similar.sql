@@ -1,11 +1,14 @@
--- Exact search over one key's vectors. The threshold stands outside: inside, it could meet vectors of
--- another model's dimensions. Opposites count as unlike, so that a threshold of 0 leaves nothing out.
+-- Exact search over one key's vectors in one space. Opposites count as unlike, so that a threshold of 0
+-- leaves nothing out; a zero vector has no direction and is like nothing.
 SELECT c.id, c.session_id, c.messages, c.created_at, nearest.similarity
 FROM (
-    SELECT chat_id, embedding <=> %(query)s::halfvec AS distance,
-           greatest(0, least(1, 1 - (embedding <=> %(query)s::halfvec))) AS similarity
-    FROM chat_vectors
-    WHERE key_id = %(key_id)s AND model = %(model)s AND dimensions = %(dimensions)s
+    SELECT chat_id, distance, greatest(0, least(1, 1 - distance)) AS similarity
+    FROM (
+        SELECT chat_id, embedding <=> %(query)s::halfvec AS distance
+        FROM chat_vectors
+        WHERE key_id = %(key_id)s AND space = %(space)s
+    ) measured
+    WHERE distance <> 'NaN'
     ORDER BY distance
     LIMIT %(limit)s
 ) nearest JOIN chats c ON c.id = nearest.chat_id

@@ -2,8 +2,8 @@ WITH incoming AS (
     SELECT * FROM unnest(%(chat_id)s::bigint[], %(key_id)s::bigint[], %(embedding)s::halfvec[])
         AS t (chat_id, key_id, embedding)
 ), inserted AS (
-    INSERT INTO chat_vectors (chat_id, key_id, model, dimensions, embedding)
-    SELECT chat_id, key_id, %(model)s, vector_dims(embedding), embedding FROM incoming
-    ON CONFLICT (chat_id, model, dimensions) DO NOTHING
+    INSERT INTO chat_vectors (chat_id, key_id, space, embedding)
+    SELECT chat_id, key_id, %(space)s, embedding FROM incoming
+    ON CONFLICT (chat_id, space) DO NOTHING
 )
 DELETE FROM chat_vectors_pending p USING incoming i WHERE p.chat_id = i.chat_id

@@ -1,1 +1,0 @@
-SELECT count(*) FROM (SELECT FROM chat_vectors_pending LIMIT 10000) AS waiting

@@ -47,11 +47,11 @@ class SseResponse(Response):
         except OSError as exc:
             raise ClientDisconnect from exc
         finally:
+            self._on_close()
             sending.cancel()
             watching.cancel()
             await asyncio.gather(sending, watching, return_exceptions=True)
             await self._events.aclose()
-            self._on_close()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

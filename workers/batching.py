@@ -61,12 +61,13 @@ class Batcher:
                 continue
             try:
                 vectors = await loop.run_in_executor(None, self._encode, [item.text for item in batch])
+                pairs = list(zip(batch, vectors, strict=True))
             except Exception as exc:
                 for item in batch:
                     if not item.vector.done():
                         item.vector.set_exception(exc)
                 continue
-            for item, vector in zip(batch, vectors, strict=True):
+            for item, vector in pairs:
                 if not item.vector.done():
                     item.vector.set_result(vector)
 

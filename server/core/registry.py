@@ -146,9 +146,10 @@ def _check_unique(models: list[ModelSpec], path: Path, root: yaml.Node) -> None:
                     f"{defaults[model.type]}"
                 )
             defaults[model.type] = line
-        if model.type == "embedding" and model.engine:
-            line = _line_of(root, ("models", index, "engine"))
-            raise BadSettings(f"{path}:{line}: engine: is for chat models; {model.id!r} is an embedding model")
+        for name in ("engine",) if model.type == "embedding" else ("dimensions", "query_prompt", "pooling"):
+            if getattr(model, name) not in (None, {}):
+                line = _line_of(root, ("models", index, name))
+                raise BadSettings(f"{path}:{line}: {name}: is not for {model.type} models, as {model.id!r} is")
 
 
 def _anchored(model: ModelSpec, folder: Path) -> ModelSpec:
@@ -167,24 +168,26 @@ def load_registry(path: Path) -> Registry:
         content = yaml.safe_load(text)
     except OSError as exc:
         raise BadSettings(f"{path}: cannot be read ({exc.strerror}). Name it with --models or MODELS_FILE.") from exc
-    except (UnicodeDecodeError, yaml.reader.ReaderError) as exc:
-        raise BadSettings(f"{path}:1: not valid YAML: it is not text in UTF-8") from exc
     except yaml.MarkedYAMLError as exc:
         line = exc.problem_mark.line + 1 if exc.problem_mark else 1
         raise BadSettings(f"{path}:{line}: not valid YAML: {exc.problem}") from exc
+    except (ValueError, yaml.reader.ReaderError) as exc:
+        raise BadSettings(f"{path}:1: not valid YAML: not text in UTF-8, or an impossible date") from exc
     try:
         models = _File.model_validate(content).models
     except pydantic.ValidationError as exc:
-        error = exc.errors()[0]
+        # A mistyped key is missing as well; its own line says more.
+        error = sorted(exc.errors(), key=lambda error: error["type"] != "extra_forbidden")[0]
         where = ".".join(str(step) for step in error["loc"])
         what = "unknown key" if error["type"] == "extra_forbidden" else re.sub(r"^Input s", "s", error["msg"])
         raise BadSettings(f"{path}:{_line_of(root, error['loc'])}: {where}: {what}") from exc
     assert root is not None
     _check_unique(models, path, root)
-    enabled = [(index, model) for index, model in enumerate(models) if model.enabled]
-    try:
-        return Registry(tuple(_anchored(model, path.parent) for _, model in enabled))
-    except RuntimeError as exc:
-        index = next(index for index, model in enabled if model.source.startswith("~"))
-        line = _line_of(root, ("models", index, "source"))
-        raise BadSettings(f"{path}:{line}: source: there is no such home folder") from exc
+    anchored = []
+    for index, model in enumerate(models):
+        try:
+            anchored.append(_anchored(model, path.parent))
+        except RuntimeError as exc:
+            line = _line_of(root, ("models", index, "source"))
+            raise BadSettings(f"{path}:{line}: source: there is no such home folder") from exc
+    return Registry(tuple(model for model in anchored if model.enabled))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.core.errors import InvalidRequest, UnknownModel
-from server.core.registry import ModelSpec, Registry, load_registry
+from server.core.registry import ModelSpec, Registry, line_of_option, load_registry
 from server.core.settings import BadSettings
 from tests.unit.conftest import WriteModels
 
@@ -106,12 +106,18 @@ BAD_FILES = {
     "engine on an embedding model": (
         TWO_MODELS + "    engine:\n      dtype: half\n",
         15,
-        "engine: is for chat models; 'vectors' is an embedding model",
+        "engine: is not for embedding models, as 'vectors' is",
+    ),
+    "pooling on a chat model": (
+        TWO_MODELS.replace("    type: chat\n", "    type: chat\n    pooling: mean\n"),
+        5,
+        "pooling: is not for chat models, as 'talker' is",
     ),
     "no such pooling": (TWO_MODELS + "    pooling: most\n", 15, "models.1.pooling: should be 'mean'"),
     "entry that is no mapping": (TWO_MODELS + "  - talker\n", 15, "models.2: should be a valid dictionary"),
     "no models": ("# none yet\nmodels: []\n", 2, "models: List should have at least 1 item"),
-    "no key models": ("# nothing\nother: []\n", 1, "models: Field required"),
+    "no key models": ("# nothing\n{}\n", 1, "models: Field required"),
+    "a mistyped key that is missing as well": ("# nothing\nmodel: []\n", 2, "model: unknown key"),
     "empty": ("", 1, "should be a valid dictionary"),
     "not YAML": (TWO_MODELS.replace("type: embedding", "type: [embedding"), 12, "not valid YAML: "),
     "tabs": (TWO_MODELS.replace("    name: Vectors", "\tname: Vectors"), 10, "not valid YAML: "),
@@ -188,12 +194,39 @@ def test_full_paths_and_home_are_kept(write_models: WriteModels, monkeypatch: py
     assert [m.source for m in registry.models] == ["/models/talker", "/home/ada/vectors"]
 
 
-def test_a_home_that_nobody_has_is_told(write_models: WriteModels) -> None:
-    # Given a slip of the pen: ~models instead of ~/models
-    path = write_models(TWO_MODELS.replace("someone/talker", "~no-such-user/talker"))
-    # When it is loaded, then the person is told the file, and sees no traceback
-    with pytest.raises(BadSettings, match=f"^{re.escape(str(path))}:"):
+def test_a_home_that_nobody_has_is_told_with_its_line(write_models: WriteModels) -> None:
+    # Given a good folder in the person's home, and a slip of the pen: ~models instead of ~/models
+    text = TWO_MODELS.replace("someone/talker", "~/talker").replace("someone/vectors", "~no-such-user/vectors")
+    path = write_models(text)
+    # When it is loaded, then the slip's line is told, and nobody sees a traceback
+    with pytest.raises(BadSettings, match=f"^{re.escape(str(path))}:12: source: "):
         load_registry(path)
+
+
+def test_an_engine_option_is_found_again_by_its_line(write_models: WriteModels) -> None:
+    # Given an option that only the engine can judge
+    path = write_models(
+        TWO_MODELS.replace("    default: true\n\n", "    engine:\n      dtype: half\n      speed: 9\n\n")
+    )
+    # Then whoever finds it wrong can say where it stands
+    assert line_of_option(path, "talker", "dtype") == 8
+    assert line_of_option(path, "talker", "speed") == 9
+    # And for one that stands nowhere, where the options begin
+    assert line_of_option(path, "talker", "warp") == 7
+
+
+@pytest.mark.parametrize(
+    "change", [{"source": "other/model"}, {"revision": "v2"}, {"dimensions": 64}, {"pooling": "cls"}, {"id": "other"}]
+)
+def test_vectors_made_otherwise_are_of_another_space(change: dict[str, object]) -> None:
+    # Given a model, then any change of what makes its vectors makes them incomparable to those before
+    assert embedding("vectors", **change).vector_space != embedding("vectors").vector_space
+
+
+@pytest.mark.parametrize("change", [{"name": "New"}, {"description": "New"}, {"default": True}, {"query_prompt": "q"}])
+def test_what_makes_no_vectors_keeps_their_space(change: dict[str, object]) -> None:
+    # What is put before a query is no part of the chats' own vectors
+    assert embedding("vectors", **change).vector_space == embedding("vectors").vector_space
 
 
 def test_a_type_without_a_default_falls_to_its_first_model() -> None:

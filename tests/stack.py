@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from server.private import free_port
-from tests.processes import MARK, marked, postgres_of
+from tests.processes import MARK, marked, naming
 
 PROJECT = Path(__file__).parent.parent
 START_TIMEOUT_S = 400
@@ -73,7 +73,7 @@ class Stack:
 
     def left_behind(self) -> list[str]:
         """What still runs of it."""
-        return [str(process) for process in marked(str(self.folder)) + postgres_of(self.folder)]
+        return [str(process) for process in marked(str(self.folder)) + naming(self.folder)]
 
     def client(self, key: str | None = None) -> httpx.Client:
         return httpx.Client(

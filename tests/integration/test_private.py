@@ -1,0 +1,58 @@
+"""The private database and broker: killed, they come back at the same address with their data."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import psycopg
+
+from server.core.amqp import AmqpLink, Delivery
+from server.private import PrivatePostgres, PrivateRabbitMQ
+from tests.integration.test_amqp import until
+from tests.processes import naming
+
+
+async def test_a_killed_postgres_comes_back(tmp_path: Path) -> None:
+    # Given a row that is committed
+    postgres = PrivatePostgres(tmp_path / "postgres")
+    url = await postgres.start()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE kept AS SELECT 1 AS one")
+    # When Postgres is killed
+    ended = asyncio.create_task(postgres.ended())
+    await asyncio.sleep(0.1)
+    os.kill(int((tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()[0]), signal.SIGKILL)
+    await asyncio.wait_for(ended, 20)
+    # Then it is started again where it was, and the row is there
+    assert await postgres.start() == url
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT one FROM kept").fetchall() == [(1,)]
+    await postgres.stop()
+    await until(lambda: naming(tmp_path) == [])
+
+
+async def test_a_killed_rabbitmq_comes_back(tmp_path: Path) -> None:
+    # Given a message in a durable queue, delivered and not acked
+    rabbitmq = PrivateRabbitMQ(tmp_path / "rabbitmq")
+    url = await rabbitmq.start()
+    got: list[Delivery] = []
+
+    async def setup(link: AmqpLink) -> None:
+        await link.declare_queue("kept")
+        await link.consume("kept", got.append, prefetch=1)
+
+    link = AmqpLink(url, "test", setup)
+    await link.start()
+    await link.publish("kept", b"message")
+    await until(lambda: got)
+    # When the broker is killed
+    (beam,) = [process for process in naming(tmp_path) if "beam" in process.name()]
+    beam.kill()
+    await asyncio.wait_for(rabbitmq.ended(), 20)
+    # Then it comes back where it was, the link by itself, and the message is delivered again
+    assert await rabbitmq.start() == url
+    await until(lambda: [delivery.body for delivery in got] == [b"message", b"message"], timeout_s=30)
+    await link.close()
+    await rabbitmq.stop()
+    assert naming(tmp_path) == []

@@ -109,6 +109,7 @@ class PrivateRabbitMQ:
     _epmd: Child | None = None
     _broker: Child | None = None
     _ports: tuple[int, int, int] | None = None
+    _listening: bool = False
 
     async def start(self) -> str:
         """Returns its URL. Raises BadSettings when RabbitMQ is not installed or does not start."""
@@ -140,9 +141,12 @@ class PrivateRabbitMQ:
         await self.stop()
 
     async def stop(self) -> None:
+        # While it boots it heeds no signal, and has nothing to lose yet.
+        timeout_s = 30 if self._listening else 2
+        self._listening = False
         for child in (self._broker, self._epmd):
             if child is not None:
-                await child.stop(timeout_s=30)
+                await child.stop(timeout_s)
 
     def _password(self) -> str:
         path = self.folder / "password"
@@ -197,5 +201,6 @@ class PrivateRabbitMQ:
                 await asyncio.sleep(0.2)
                 continue
             writer.close()
+            self._listening = True
             return
         raise BadSettings(f"RabbitMQ did not start. The end of its log:\n{self._broker.tail()}")

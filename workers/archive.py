@@ -72,7 +72,9 @@ class Archivist:
         await self._inbox.start()
         await self._history.start()
         writing = asyncio.create_task(self._write_all(stopping))
-        others = [asyncio.create_task(job) for job in (self._beacon.run(), self._embed_all())]
+        others = [asyncio.create_task(self._beacon.run())]
+        if self._embedding is not None:
+            others.append(asyncio.create_task(self._embed_all(self._embedding)))
         stopped = asyncio.create_task(stopping.wait())
         self.probe.ready = True
         logger.info("ready", extra={"action": "ready"})
@@ -165,10 +167,8 @@ class Archivist:
         else:
             self._history.ack(delivery)
 
-    async def _embed_all(self) -> None:
+    async def _embed_all(self, model: ModelSpec) -> None:
         """Give each new chat its vector; what fails is tried again after a while."""
-        if (model := self._embedding) is None:
-            return
         met = False
         while True:
             try:

@@ -48,8 +48,8 @@ async def publisher(settings: Settings) -> AsyncIterator[AmqpLink]:
 
 
 @contextlib.asynccontextmanager
-async def archivist(settings: Settings) -> AsyncIterator[Archivist]:
-    made = Archivist(settings, Registry((MODEL,)))
+async def archivist(settings: Settings, *models: ModelSpec) -> AsyncIterator[Archivist]:
+    made = Archivist(settings, Registry(models))
     running = asyncio.create_task(made.run())
     await until(lambda: made.probe.ready or running.done())
     try:
@@ -74,7 +74,7 @@ async def test_records_become_rows_and_vectors_once(
     records = [record(key_id, "x" * (index + 1)) for index in range(10)]
     for one in [*records, records[0]]:
         await publisher.publish(topology.HISTORY, encode(one), message_id=one.request_id)
-    async with archivist(settings):
+    async with archivist(settings, MODEL):
         # Then each becomes one row
         async with asyncio.timeout(10):
             while len(rows := await store.history(key_id, ALL)) < 10:
@@ -89,6 +89,17 @@ async def test_records_become_rows_and_vectors_once(
     assert (await publisher.declare_queue(topology.HISTORY, passive=True))[0] == 0
 
 
+async def test_chats_are_kept_where_there_is_no_embedding_model(
+    settings: Settings, publisher: AmqpLink, store: Store, key_id: int
+) -> None:
+    async with archivist(settings):
+        await asyncio.sleep(0.2)
+        await publisher.publish(topology.HISTORY, encode(record(key_id, "a")))
+        async with asyncio.timeout(10):
+            while not await store.history(key_id, ALL):
+                await asyncio.sleep(0.05)
+
+
 async def test_a_record_nobody_can_write_does_not_hold_up_the_others(
     settings: Settings, publisher: AmqpLink, store: Store, key_id: int
 ) -> None:
@@ -99,7 +110,7 @@ async def test_a_record_nobody_can_write_does_not_hold_up_the_others(
     good = [encode(record(key_id, "a")), encode(record(key_id, "b"))]
     for body in (good[0], rubbish, orphan, good[1]):
         await publisher.publish(topology.HISTORY, body)
-    async with archivist(settings):
+    async with archivist(settings, MODEL):
         # Then the good ones are written and the others lie in the dead letters
         async with asyncio.timeout(10):
             while len(await store.history(key_id, ALL)) < 2:

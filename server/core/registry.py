@@ -87,6 +87,8 @@ class Registry:
         """
         model = self.default(type_) if model_id is None else self._by_id.get(model_id) or self._stand_ins.get(model_id)
         known = ", ".join(sorted(m.id for m in self.of_type(type_))) or "none"
+        if model is None and model_id is None:
+            raise UnknownModel(f"No {type_} model is served here.", param="model")
         if model is None:
             raise UnknownModel(f"Invalid model specified: {model_id!r} is not served. Known: {known}.", param="model")
         if model.type != type_:

@@ -243,7 +243,7 @@ def test_a_default_wins_over_the_first() -> None:
 def test_no_model_of_a_type_means_no_default() -> None:
     registry = Registry((chat("first"),))
     assert registry.default("embedding") is None
-    with pytest.raises(UnknownModel, match=r"Known: none\."):
+    with pytest.raises(UnknownModel, match="No embedding model is served here"):
         registry.resolve(None, "embedding")
 
 

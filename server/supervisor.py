@@ -21,7 +21,7 @@ from typing import TextIO
 
 import httpx
 
-from server.auth import ensure_keys, hash_key, new_key
+from server.auth import hash_key, new_key
 from server.core.registry import Registry, load_registry
 from server.core.settings import BadSettings, Settings
 from server.core.signals import stop_event
@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 @dataclass(slots=True)
 class Plan:
-    """What `up` starts: `arguments` of `python -m`, by name."""
+    """What `up` starts, by name: `commands` are the arguments of `python -m`, `cores` where it may run."""
 
     commands: dict[str, list[str]]
     environment: dict[str, str]
@@ -165,22 +165,18 @@ class Supervisor:
     async def _stores(self) -> tuple[str, str]:
         """Addresses of Postgres and RabbitMQ; private ones are started and stop with the stack."""
 
-        async def postgres() -> str:
-            if self._settings.database_url:
-                return self._settings.database_url
-            private = self._private["Postgres"] = PrivatePostgres(self._folder / "postgres")
-            self._stack.push_async_callback(private.stop)
-            return await private.start()
-
-        async def rabbitmq() -> str:
-            if self._settings.amqp_url:
-                return self._settings.amqp_url
-            private = self._private["RabbitMQ"] = PrivateRabbitMQ(self._folder / "rabbitmq")
+        async def address(given: str, name: str, private: PrivatePostgres | PrivateRabbitMQ) -> str:
+            if given:
+                return given
+            self._private[name] = private
             self._stack.push_async_callback(private.stop)
             return await private.start()
 
         say("Starting Postgres and RabbitMQ …")
-        database_url, amqp_url = await asyncio.gather(postgres(), rabbitmq())
+        database_url, amqp_url = await asyncio.gather(
+            address(self._settings.database_url, "Postgres", PrivatePostgres(self._folder / "postgres")),
+            address(self._settings.amqp_url, "RabbitMQ", PrivateRabbitMQ(self._folder / "rabbitmq")),
+        )
         addresses = self._folder / "addresses.json"
         addresses.touch(mode=0o600)
         addresses.write_text(json.dumps({"database_url": database_url, "amqp_url": amqp_url}))
@@ -189,8 +185,7 @@ class Supervisor:
     async def _first_key(self, database_url: str) -> str | None:
         """A new key, if there is none at all; only its hash is kept."""
         async with open_store(database_url) as store:
-            await ensure_keys(store, self._settings)
-            if await store.list_keys():
+            if await store.list_keys():  # those of API_KEY are there: the server has seen to them
                 return None
             key = new_key()
             await store.create_key("admin", hash_key(key), is_admin=True)
@@ -270,8 +265,10 @@ class Supervisor:
 
     @property
     def _url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._settings.host, self._settings.host)
-        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self._settings.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{self._settings.port}"
 
     def _welcome(self, key: str | None, took_s: float) -> str:
         if key is not None:

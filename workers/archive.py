@@ -19,7 +19,7 @@ from server.core import metrics, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import DatabaseUnavailable, EngineFailed, InvalidRequest, RecordRefused, ServiceError
 from server.core.inbox import Inbox
-from server.core.messages import Job, Record, decode, decode_embeddings
+from server.core.messages import Job, Record, decode, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec, Registry
 from server.core.settings import Settings
 from server.core.signals import stop_event
@@ -218,7 +218,6 @@ class Archivist:
         )
         waiter = await self._inbox.submit(job, "batch")
         try:
-            result = decode_embeddings((await waiter.next()).data)
+            return vectors_of(decode_embeddings((await waiter.next()).data))
         finally:
             self._inbox.release(job.id)
-        return np.frombuffer(result.vectors, "<f4").reshape(len(chats), result.dimensions)

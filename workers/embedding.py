@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,8 +17,6 @@ from server.core.settings import BadSettings, Settings
 from workers.base import Answer, Worker
 from workers.batching import Batcher
 from workers.replies import Reply
-
-logger = logging.getLogger(__name__)
 
 PREFETCH = 64
 MAX_DIMENSIONS = 4000

@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT_LENGTH = 2048
-EMBEDDING_DIMENSIONS = 384
-"""all-MiniLM-L6-v2's hidden size, from its config.json."""
+TINY_SHAPE = {
+    "vocab_size": 640,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 256,
+}
+"""A Qwen3 of 0.4M parameters, by transformers' names."""
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKER_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -165,13 +173,7 @@ def train(tokenizer: Any, lessons: list[tuple[str, str]], report: Callable[[str]
     torch.set_num_threads(2)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=640,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=256,
+            **TINY_SHAPE,
             max_position_embeddings=CONTEXT_LENGTH,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.pad_token_id,

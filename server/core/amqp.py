@@ -106,22 +106,18 @@ class AmqpLink:
         self._fail_unconfirmed()
         self._ready.clear()
 
-    async def publish(self, queue: str, body: bytes, *, message_id: str = "", persistent: bool = True) -> None:
+    async def publish(self, queue: str, body: bytes, *, message_id: str = "") -> None:
         """Send to a queue and wait until the broker has it.
 
         Raises QueueFull when the queue refuses it, BrokerUnavailable when the broker is lost or blocked.
         """
-        await self.publish_soon(queue, body, message_id=message_id, persistent=persistent)
+        await self.publish_soon(queue, body, message_id=message_id)
 
-    def publish_soon(
-        self, queue: str, body: bytes, *, message_id: str = "", persistent: bool = True
-    ) -> asyncio.Future[None]:
+    def publish_soon(self, queue: str, body: bytes, *, message_id: str = "") -> asyncio.Future[None]:
         """`publish`, returning at once with what to wait for. What this link sends later arrives later."""
         if self._blocked:
             raise BrokerUnavailable("The message broker is out of memory or disk and takes no work. Try again shortly.")
-        properties = pika.BasicProperties(
-            message_id=message_id, delivery_mode=2 if persistent else 1, content_type="application/json"
-        )
+        properties = pika.BasicProperties(message_id=message_id, delivery_mode=2, content_type="application/json")
         tag = self._basic_publish("", queue, body, properties, mandatory=False)
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Who waits may have gone by the time it fails; asyncio would complain that nobody looked.

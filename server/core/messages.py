@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -149,3 +151,8 @@ def encode_embeddings(result: EmbeddingResult) -> bytes:
 
 def decode_embeddings(data: bytes) -> EmbeddingResult:
     return msgspec.msgpack.decode(data, type=EmbeddingResult)
+
+
+def vectors_of(result: EmbeddingResult) -> NDArray[np.float32]:
+    """float32 (n_texts, dimensions), L2-normalised."""
+    return np.frombuffer(result.vectors, "<f4").reshape(-1, result.dimensions)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import orjson
 from fastapi import Request, Response
+from numpy.typing import NDArray
 
 from server.auth import Principal
 from server.core import metrics
 from server.core.errors import ServiceError
-from server.core.messages import Frame, decode_embeddings
+from server.core.messages import Frame, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec
 from server.dispatch import Call, Dispatcher, Ticket
 from server.errors import error_body
@@ -158,7 +159,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     return _json(content, _notes(body.model, spec, body.model_extra))
 
 
-async def embed(request: Request, call: Call) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
+async def embed(request: Request, call: Call) -> tuple[NDArray[np.float32], int]:
     """Vectors, float32 (n_texts, dimensions), L2-normalised, and the tokens they cost."""
     ticket = await request.app.state.dispatcher.submit(call)
     try:
@@ -166,4 +167,4 @@ async def embed(request: Request, call: Call) -> tuple[np.ndarray[Any, np.dtype[
     finally:
         ticket.close()
     result = decode_embeddings(frame.data)
-    return np.frombuffer(result.vectors, "<f4").reshape(-1, result.dimensions), result.prompt_tokens
+    return vectors_of(result), result.prompt_tokens

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -140,7 +140,7 @@ async def test_an_expired_job_is_never_generated(bench: Bench) -> None:
 
 async def test_a_job_that_takes_too_long_is_stopped(bench: Bench) -> None:
     job = bench.job(say="x", wait_s=30)
-    job = Job(**{name: getattr(job, name) for name in job.__slots__} | {"deadline": time.time() + 0.3})
+    job = replace(job, deadline=time.time() + 0.3)
     waiter = await bench.inbox.submit(job, "interactive")
     with pytest.raises(DeadlineExceeded):
         await waiter.next()
@@ -228,7 +228,7 @@ async def test_an_answer_survives_the_publishing_connection(bench: Bench) -> Non
 async def test_a_server_that_is_gone_has_its_jobs_stopped(bench: Bench, settings: Settings) -> None:
     # Given a job of a server whose reply queue is gone
     job = bench.job(say="x", wait_s=30)
-    job = Job(**{name: getattr(job, name) for name in job.__slots__} | {"reply_to": "replies.gone"})
+    job = replace(job, reply_to="replies.gone")
     # When the worker says that it has started it
     await bench.inbox.submit(job, "interactive")
     # Then the broker returns the frame, and the worker stops

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from workers.smoke import build_tokenizer
+from workers.smoke import TINY_SHAPE, build_tokenizer
 
 
 def build(folder: Path) -> Path:
@@ -12,16 +12,7 @@ def build(folder: Path) -> Path:
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=640,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=256,
-        max_position_embeddings=512,
-    )
+    config = Qwen3Config(**TINY_SHAPE, max_position_embeddings=512)
     Qwen3Model(config).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     modules = [

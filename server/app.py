@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Security
 from fastapi.openapi.utils import get_openapi
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import exporter
 from server.auth import ensure_keys
@@ -15,9 +15,9 @@ from server.core.settings import Settings
 from server.db.pool import make_pool, open_pool
 from server.db.store import Store
 from server.dispatch import Dispatcher
-from server.errors import add_error_handlers
-from server.middleware import PREFIX, Accounting
-from server.routes import health, history, inference
+from server.errors import PREFIX, add_error_handlers
+from server.middleware import Accounting
+from server.routes import anthropic, health, history, inference, openai
 
 VERSION = "0.1.0"
 
@@ -44,13 +44,16 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     app.add_middleware(Accounting)
     add_error_handlers(app)
     # For the document only: KeyedRoute lets nobody past without a key.
-    keyed: list[Any] = [Security(HTTPBearer(auto_error=False, description="Your API key"))]
+    keyed: list[Any] = [
+        Security(HTTPBearer(auto_error=False, description="Your API key")),
+        Security(APIKeyHeader(name="x-api-key", auto_error=False, description="Your API key")),
+    ]
     for prefix in ("", PREFIX):
         documented = not prefix
         app.include_router(health.router, prefix=prefix, include_in_schema=documented)
         app.include_router(exporter.router, prefix=prefix, include_in_schema=documented)
-        app.include_router(inference.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
-        app.include_router(history.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
+        for routes in (inference, history, openai, anthropic):
+            app.include_router(routes.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 

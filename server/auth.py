@@ -55,14 +55,15 @@ async def ensure_keys(store: Store, settings: Settings) -> None:
 
 
 async def authenticate(request: Request) -> Principal:
-    """The principal of the request's Bearer key; leaves it and the rate in `request.state`.
+    """The principal of the request's key; leaves it and the rate in `request.state`.
 
-    Raises Unauthorized or RateLimited.
+    The key is a Bearer token or stands in `x-api-key`, whatever the dialect. Raises Unauthorized or RateLimited.
     """
-    header = request.headers.get("authorization", "")
-    scheme, _, key = header.partition(" ")
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
-        raise Unauthorized("No API key. Send the header 'Authorization: Bearer YOUR_API_KEY'.")
+        key = request.headers.get("x-api-key", "")
+    if not key.strip():
+        raise Unauthorized("No API key. Send the header 'Authorization: Bearer YOUR_API_KEY', or 'x-api-key'.")
     limit: int = request.app.state.settings.rate_limit_per_minute
     digest = hash_key(key.strip())
     row = await request.app.state.store.authenticate(digest, limit)

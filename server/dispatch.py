@@ -9,7 +9,7 @@ from server.core import topology
 from server.core.amqp import AmqpLink
 from server.core.errors import BrokerUnavailable, NoWorker
 from server.core.inbox import Inbox, Waiter
-from server.core.messages import Cancel, Frame, Job, encode
+from server.core.messages import Api, Cancel, Frame, Job, encode
 from server.core.registry import ModelSpec, Registry
 from server.core.settings import Settings
 from server.fleet import Fleet
@@ -17,16 +17,18 @@ from server.fleet import Fleet
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a dialect wants done. `body` has OpenAI's shape and is complete: the worker adds no defaults."""
+    """What a dialect wants done. `body` has the shape of `api` and is complete: the worker adds no defaults."""
 
     request_id: str
     spec: ModelSpec
     endpoint: str
+    api: Api
     body: dict[str, Any]
     key_id: int
     session_id: str = ""
     recorded: bool = True
     traceparent: str = ""
+    context: str = ""
 
 
 class Ticket:
@@ -43,6 +45,11 @@ class Ticket:
         frame = await self._waiter.next()
         self._over = frame.kind in ("result", "done")
         return frame
+
+    @property
+    def generating_s(self) -> float:
+        """Seconds since a worker took the job."""
+        return self._waiter.generating_s
 
     def close(self) -> None:
         self._inbox.release(self.request_id)
@@ -101,6 +108,8 @@ class Dispatcher:
             session_id=call.session_id,
             recorded=call.recorded,
             traceparent=call.traceparent,
+            api=call.api,
+            context=call.context,
         )
         return Ticket(self.inbox, await self.inbox.submit(job, "interactive"))
 

@@ -1,9 +1,13 @@
-"""Errors as the service's own dialect tells them: `{"error", "status_code", "timestamp"}`."""
+"""Errors in the shape of the dialect that was spoken: the service's own, OpenAI's or Anthropic's.
+
+One table a dialect gives its names for the statuses of core/errors.py, and the few statuses it has otherwise.
+"""
 
 import reprlib
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -11,39 +15,100 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.core.errors import ServiceError
-from server.schemas.common import TAGS
+from server.core.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+    Unavailable,
+    UnknownModel,
+    from_status,
+)
+from server.schemas.common import is_tag
 
 MAX_SHOWN = 5
 """How many wrong fields one answer names."""
 
+PREFIX = "/qwen3"
+"""The API is served under this prefix too, as its documented base URL has it."""
 
-def error_body(status: int, message: str) -> dict[str, Any]:
-    return {"error": message, "status_code": status, "timestamp": datetime.now(UTC).isoformat()}
+Dialect = Literal["native", "openai", "anthropic"]
+
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+"""platform.claude.com/docs/en/api/errors; other 4xx are invalid_request_error, other 5xx api_error."""
 
 
-def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def dialect_of(path: str, headers: Mapping[str, str]) -> Dialect:
+    """The dialect of a request, for answers that are given before anything has read it."""
+    path = path.removeprefix(PREFIX)
+    if path.startswith("/v1/messages") or (path.startswith("/v1/models") and "anthropic-version" in headers):
+        return "anthropic"
+    return "openai" if path.startswith(("/v1/", "/ai/v1/", "/kawai/v1/")) else "native"
+
+
+def status_of(error: ServiceError, dialect: Dialect) -> int:
+    if isinstance(error, UnknownModel) and dialect != "native":
+        return HTTPStatus.NOT_FOUND
+    if isinstance(error, Unavailable) and dialect == "anthropic":
+        return 529
+    return error.status
+
+
+def error_body(error: ServiceError, dialect: Dialect, request_id: str = "") -> dict[str, Any]:
+    """The JSON of an error, whether it is the answer or an event in a stream."""
+    status = status_of(error, dialect)
+    if dialect == "openai":
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        told = {"message": error.message, "type": kind, "param": error.param, "code": error.code or None}
+        return {"error": told}
+    if dialect == "anthropic":
+        kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    return {"error": error.message, "status_code": status, "timestamp": datetime.now(UTC).isoformat()}
+
+
+def error_response(error: ServiceError, request: Request) -> Response:
+    dialect = dialect_of(request.url.path, request.headers)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.may_have_run:
+        headers["X-Should-Retry"] = "false"
     return Response(
-        orjson.dumps(error_body(status, message)),
-        status_code=status,
+        orjson.dumps(error_body(error, dialect, getattr(request.state, "request_id", ""))),
+        status_code=status_of(error, dialect),
         media_type="application/json",
         headers=headers,
     )
 
 
-def _service_error(_request: Request, exc: Exception) -> Response:
+def _service_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, ServiceError)
-    headers = {}
-    if exc.retry_after_s is not None:
-        headers["Retry-After"] = str(exc.retry_after_s)
-    if exc.status == HTTPStatus.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return error_response(exc.status, exc.message, headers)
+    return error_response(exc, request)
 
 
-def _invalid(_request: Request, exc: Exception) -> Response:
+def _invalid(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
-    return error_response(400, describe(exc.errors()))
+    return error_response(InvalidRequest(describe(exc.errors()), param=_first_field(exc.errors())), request)
+
+
+def _first_field(errors: Any) -> str | None:
+    return _where(errors[0]) or None if errors[0]["type"] != "json_invalid" else None
+
+
+def _where(error: Any) -> str:
+    return ".".join(str(step) for step in error["loc"][1:] if not is_tag(step))
 
 
 def describe(errors: Any) -> str:
@@ -52,17 +117,17 @@ def describe(errors: Any) -> str:
     for error in errors[:MAX_SHOWN]:
         if error["type"] == "json_invalid":
             return f"The body is not valid JSON: {error['ctx']['error']}."
-        where = ".".join(str(step) for step in error["loc"][1:] if step not in TAGS)
+        where = _where(error)
         if not where and error["type"] == "missing":
             return error["msg"] if ":" in error["msg"] else "The body is missing: send a JSON object."
         got = error.get("input")
-        value = f" (got {_short(got)})" if error["type"] not in ("missing", "both") and where else ""
+        value = f" (got {short(got)})" if error["type"] not in ("missing", "both") and where else ""
         shown.append(f"{where}: {error['msg']}{value}" if where else str(error["msg"]))
     more = f"; and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
     return "; ".join(shown) + more
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     # reprlib stops early in deep and in long values, where repr would recurse or copy.
     text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."
@@ -71,15 +136,18 @@ def _short(value: Any) -> str:
 def _http(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     method, path = request.method, ascii(request.url.path)[1:-1]
+    error: ServiceError
     if exc.status_code == HTTPStatus.NOT_FOUND:
-        message = f"There is no {path} here. The API is listed at /docs."
+        error = NotFound(f"There is no {path} here. The API is listed at /docs.")
     elif exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        message = f"{method} is not allowed on {path}."
+        error = MethodNotAllowed(f"{method} is not allowed on {path}.")
     elif exc.status_code == HTTPStatus.BAD_REQUEST:
-        message = "The body could not be read as JSON in UTF-8."
+        error = InvalidRequest("The body could not be read as JSON in UTF-8.")
     else:
-        message = HTTPStatus(exc.status_code).phrase
-    return error_response(exc.status_code, message, dict(exc.headers or {}))
+        error = from_status(exc.status_code, HTTPStatus(exc.status_code).phrase)
+    response = error_response(error, request)
+    response.headers.update(exc.headers or {})
+    return response
 
 
 def _gone(_request: Request, _exc: Exception) -> Response:

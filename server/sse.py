@@ -12,12 +12,13 @@ T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
 """Below the idle timeouts of common proxies (nginx: 60 s)."""
+KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def event(data: bytes) -> bytes:
+def event(data: bytes, name: bytes = b"") -> bytes:
     """One event. `data` is JSON without line breaks."""
-    return b"data: " + data + b"\n\n"
+    return (b"event: " + name + b"\ndata: " if name else b"data: ") + data + b"\n\n"
 
 
 class SseResponse(Response):
@@ -29,10 +30,15 @@ class SseResponse(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], on_close: Callable[[], None]
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        on_close: Callable[[], None],
+        keep_alive: bytes = KEEP_ALIVE,
     ) -> None:
         self._events = events
         self._on_close = on_close
+        self._keep_alive = keep_alive
         # X-Accel-Buffering keeps nginx from collecting the stream before it passes it on.
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
@@ -59,7 +65,7 @@ class SseResponse(Response):
         try:
             while True:
                 done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE_S)
-                body = following.result() if done else b": keep-alive\n\n"
+                body = following.result() if done else self._keep_alive
                 if body is None:
                     break
                 await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import time
 import uuid
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from server.core import metrics, topology
 from server.core.amqp import AmqpLink, Delivery
+from server.core.conversation import Message, answer, last_question
 from server.core.errors import DatabaseUnavailable, EngineFailed, InvalidRequest, RecordRefused, ServiceError
 from server.core.inbox import Inbox
 from server.core.messages import Job, Record, decode, decode_embeddings, vectors_of
@@ -38,17 +38,9 @@ STOP_TIMEOUT_S = 5.0
 EMBED_TIMEOUT_S = 120.0
 
 
-def searchable_text(messages: list[dict[str, Any]]) -> str:
+def searchable_text(messages: list[Message]) -> str:
     """What of a chat its vector is made of: the last thing asked, and the answer."""
-    asked: dict[str, Any] = next((m for m in reversed(messages) if m.get("role") == "user"), {})
-    answered = messages[-1] if messages and messages[-1].get("role") == "assistant" else {}
-    return "\n".join(filter(None, (_plain(asked.get("content")), _plain(answered.get("content"))))) or " "
-
-
-def _plain(content: Any) -> str:
-    if isinstance(content, list):
-        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return content or ""
+    return "\n".join(filter(None, (last_question(messages), answer(messages)))) or " "
 
 
 class Archivist:

@@ -21,9 +21,9 @@ from server.core.errors import BrokerUnavailable, DeadlineExceeded, EngineFailed
 from server.core.messages import Cancel, FrameKind, Job, Record, Status, WorkerType, decode, encode
 from server.core.settings import Settings
 from server.core.signals import stop_event
-from workers.engine import EngineDied
 from workers.probe import Probe
 from workers.replies import Reply, ReplyOutbox
+from workers.serving import EngineDied
 
 logger = logging.getLogger(__name__)
 

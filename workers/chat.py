@@ -1,10 +1,7 @@
-"""The chat worker: jobs in, frames out, one engine. Owns what of an answer is remembered."""
+"""The chat worker: jobs in, frames out, one engine. Knows neither vLLM nor what a dialect looks like."""
 
 import time
 from contextlib import AsyncExitStack
-from typing import Any
-
-import msgspec
 
 from server.core import metrics
 from server.core.messages import FrameKind, Job, Record, WorkerType
@@ -13,78 +10,7 @@ from server.core.settings import Settings
 from workers.base import Answer, Worker
 from workers.engine import ChatEngine, start_engine
 from workers.replies import Reply
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class _Message(msgspec.Struct):
-    """A message, or a delta of one."""
-
-    content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] = []
-
-
-class _Choice(msgspec.Struct):
-    message: _Message | None = None
-    delta: _Message | None = None
-    finish_reason: str | None = None
-
-
-class _Answer(msgspec.Struct):
-    """As much of a completion, or of a chunk, as history needs."""
-
-    created: float = 0.0
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-
-
-_decoder = msgspec.json.Decoder(_Answer)
-
-
-class Transcript:
-    """The assistant's message, put together from an answer or from its chunks."""
-
-    def __init__(self) -> None:
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
-        self._tool_calls: list[dict[str, Any]] = []
-        self.finish_reason = ""
-        self.usage = _Usage()
-
-    def add(self, data: bytes) -> _Answer:
-        """Take in an answer's or a chunk's JSON; returns what was read of it."""
-        answer = _decoder.decode(data)
-        self.usage = answer.usage or self.usage
-        for choice in answer.choices[:1]:
-            part = choice.message or choice.delta or _Message()
-            self._content.append(part.content or "")
-            self._reasoning.append(part.reasoning or "")
-            for call in part.tool_calls:
-                self._add_call(call)
-            self.finish_reason = choice.finish_reason or self.finish_reason
-        return answer
-
-    def _add_call(self, call: dict[str, Any]) -> None:
-        """Whole calls stand alone; a delta continues the call of its `index`."""
-        index = call.get("index")
-        if index is None or index >= len(self._tool_calls):
-            self._tool_calls.append({k: v for k, v in call.items() if k != "index"})
-            return
-        arguments = (call.get("function") or {}).get("arguments") or ""
-        function = self._tool_calls[index]["function"] = self._tool_calls[index].get("function") or {}
-        function["arguments"] = (function.get("arguments") or "") + arguments
-
-    def message(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._content)}
-        if reasoning := "".join(self._reasoning):
-            message["reasoning"] = reasoning
-        if self._tool_calls:
-            message["tool_calls"] = self._tool_calls
-        return message
+from workers.transcript import Transcript, asked, put_before_question
 
 
 class ChatWorker(Worker):
@@ -97,7 +23,7 @@ class ChatWorker(Worker):
         self._engine: ChatEngine
 
     async def start(self) -> int:
-        self._engine = await self._stack.enter_async_context(start_engine(self._spec))
+        self._engine = await self._stack.enter_async_context(start_engine(self._spec, self.settings))
         return self._engine.max_num_seqs
 
     async def stop(self) -> None:
@@ -110,32 +36,31 @@ class ChatWorker(Worker):
         transcript = Transcript()
         kind: FrameKind = "done"
         result = b""
-        if job.body.get("stream"):
-            async for chunk in self._engine.stream(job.body, job.id):
-                answer = transcript.add(chunk)
+        body = put_before_question(job.api, job.body, job.context) if job.context else job.body
+        serving = self._engine.serving[job.api]
+        if body.get("stream"):
+            async for piece in serving.stream(body, job.id, transcript.add):
                 self.beacon.progress()
-                reply.send("chunk" if answer.choices else "usage", chunk)
+                reply.send("usage" if piece.only_counts else "chunk", piece.data)
         else:
-            kind, result = "result", await self._engine.complete(job.body, job.id)
-            transcript.add(result)
-            self.beacon.progress(transcript.usage.completion_tokens)
-        metrics.prompt_tokens.labels(self.model).inc(transcript.usage.prompt_tokens)
-        metrics.completion_tokens.labels(self.model).inc(transcript.usage.completion_tokens)
+            kind, result = "result", await serving.complete(body, job.id, transcript.add)
+            self.beacon.progress(transcript.completion_tokens)
+        metrics.prompt_tokens.labels(self.model).inc(transcript.prompt_tokens)
+        metrics.completion_tokens.labels(self.model).inc(transcript.completion_tokens)
         return Answer(kind, result, self._as_record(job, transcript))
 
     def _as_record(self, job: Job, transcript: Transcript) -> Record:
-        now = time.time()
         return Record(
             request_id=job.id,
             type="chat",
             key_id=job.key_id,
             model=self.model,
             endpoint=job.endpoint,
-            prompt_tokens=transcript.usage.prompt_tokens,
-            completion_tokens=transcript.usage.completion_tokens,
+            prompt_tokens=transcript.prompt_tokens,
+            completion_tokens=transcript.completion_tokens,
             created_at=job.created_at,
-            finished_at=now,
+            finished_at=time.time(),
             session_id=job.session_id,
-            messages=[*job.body["messages"], transcript.message()],
+            messages=[*asked(job.api, job.body), transcript.message()],
             finish_reason=transcript.finish_reason,
         )

@@ -50,11 +50,22 @@ class Embedder:
         self._counter = copy.deepcopy(self._model.tokenizer)
         self._prompts = {"query": query_prompt, "document": self._model.prompts.get("document") or ""}
 
-    def prepare(self, texts: list[str], input_type: str) -> tuple[list[str], list[int]]:
-        """The texts as the model wants them for `query` or `document`, and their lengths in tokens."""
-        texts = [self._prompts[input_type] + text for text in texts]
+    def prepare(self, given: list[str | list[int]], input_type: str) -> tuple[list[str], list[int]]:
+        """The texts as the model wants them for `query` or `document`, and their lengths in tokens.
+
+        What is given as token ids is read as the model's own tokenizer reads them. Raises IndexError with the
+        position of a list that has an id which is no token.
+        """
+        texts = [self._prompts[input_type] + self._text(index, one) for index, one in enumerate(given)]
         ids = self._counter(texts, truncation=False, add_special_tokens=True)["input_ids"]
         return texts, [len(row) for row in ids]
+
+    def _text(self, index: int, given: str | list[int]) -> str:
+        if isinstance(given, str):
+            return given
+        if max(given) >= len(self._counter):
+            raise IndexError(index)
+        return str(self._counter.decode(given, skip_special_tokens=True))
 
     def encode(self, texts: list[str]) -> NDArray[np.float32]:
         """float32 (n_texts, dimensions), L2-normalised, also where `dimensions` cuts the model's own."""
@@ -92,16 +103,21 @@ class EmbeddingWorker(Worker):
             self._batching.cancel()
 
     async def handle(self, job: Job, _reply: Reply) -> Answer:
-        texts: list[str] = job.body["input"]
+        given: list[str | list[int]] = job.body["input"]
+        first: int = job.body.get("first", 0)  # of a request that is several jobs
         input_type = job.body.get("input_type", "document")
         loop = asyncio.get_running_loop()
-        texts, lengths = await loop.run_in_executor(self._counting, self._embedder.prepare, texts, input_type)
+        try:
+            texts, lengths = await loop.run_in_executor(self._counting, self._embedder.prepare, given, input_type)
+        except IndexError as exc:
+            param = f"input.{first + exc.args[0]}"
+            raise InvalidRequest(f"{param}: holds a token id that {self.model} does not have.", param=param) from exc
         limit = self._embedder.max_tokens
         for index, length in enumerate(lengths):
             if length > limit and not job.body.get("truncate"):
                 raise InvalidRequest(
-                    f"Text {index} has {length} tokens; {self.model} takes {limit}. Shorten it or split it.",
-                    param=f"input.{index}",
+                    f"Text {first + index} has {length} tokens; {self.model} takes {limit}. Shorten it or split it.",
+                    param=f"input.{first + index}",
                 )
         prompt_tokens = sum(min(length, limit) for length in lengths)
         vectors = await self._batcher.submit(texts, [min(length, limit) for length in lengths])

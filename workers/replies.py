@@ -66,4 +66,4 @@ class Reply:
         self._outbox.add(self._reply_to, Frame(self._request_id, self._run, next(self._seq), kind, data))
 
     def fail(self, error: ServiceError) -> None:
-        self.send("error", encode(ErrorFrame(error.status, error.message, error.param)))
+        self.send("error", encode(ErrorFrame(error.status, error.message, error.param, error.code)))

@@ -2,12 +2,14 @@
 
     ServiceError
     ├── InvalidRequest          400  a field is missing, malformed or out of range
-    │   └── UnknownModel        400  no such model is served
+    │   ├── UnknownModel        400  no such model is served
+    │   └── ContextExceeded     400  the prompt, or what is asked for after it, does not fit the model's context
     ├── Unauthorized            401  no key, or a key that is not (or no longer) ours
     ├── Forbidden               403  the key is known but may not do this
     ├── NotFound                404
     ├── MethodNotAllowed        405
     ├── PayloadTooLarge         413
+    ├── HeadersTooLarge         431
     ├── TooManyRequests         429  retry_after_s says when
     │   ├── RateLimited              past the key's requests per minute
     │   └── QueueFull                the broker refused the job: the model's queue is full
@@ -16,7 +18,8 @@
     ├── Unavailable             503  retry_after_s says when
     │   ├── BrokerUnavailable
     │   ├── DatabaseUnavailable
-    │   └── NoWorker                 no live worker serves the model
+    │   ├── NoWorker                 no live worker serves the model
+    │   └── AnswerLost               the worker or the connection to it went away in the middle of the work
     └── DeadlineExceeded        504
 
 Library errors become one of these once, at the boundary (`raise X from exc`). A dialect gives them its
@@ -29,10 +32,14 @@ from typing import ClassVar
 class ServiceError(Exception):
     """A request that ended badly.
 
-    `message` is for the caller; `param` names the offending field as a dotted path, if there is one.
+    `message` is for the caller; `param` names the offending field as a dotted path, if there is one. `code` is
+    OpenAI's word for it, empty where that has none. `may_have_run` says that the work may have been done, so
+    that a client that asks again on its own may pay twice.
     """
 
     status: ClassVar[int] = 500
+    code: ClassVar[str] = ""
+    may_have_run: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -46,11 +53,16 @@ class InvalidRequest(ServiceError):
 
 
 class UnknownModel(InvalidRequest):
-    pass
+    code = "model_not_found"
+
+
+class ContextExceeded(InvalidRequest):
+    code = "context_length_exceeded"
 
 
 class Unauthorized(ServiceError):
     status = 401
+    code = "invalid_api_key"
 
 
 class Forbidden(ServiceError):
@@ -69,20 +81,25 @@ class PayloadTooLarge(ServiceError):
     status = 413
 
 
+class HeadersTooLarge(ServiceError):
+    status = 431
+
+
 class TooManyRequests(ServiceError):
     status = 429
 
 
 class RateLimited(TooManyRequests):
-    pass
+    code = "rate_limit_exceeded"
 
 
 class QueueFull(TooManyRequests):
-    pass
+    code = "queue_full"
 
 
 class EngineFailed(ServiceError):
     status = 500
+    may_have_run = True
 
 
 class RecordRefused(ServiceError):
@@ -105,8 +122,13 @@ class NoWorker(Unavailable):
     pass
 
 
+class AnswerLost(Unavailable):
+    may_have_run = True
+
+
 class DeadlineExceeded(ServiceError):
     status = 504
+    may_have_run = True
 
 
 _BY_STATUS: dict[int, type[ServiceError]] = {
@@ -126,7 +148,8 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
 }
 
 
-def from_status(status: int, message: str, param: str | None = None) -> ServiceError:
+def from_status(status: int, message: str, param: str | None = None, code: str = "") -> ServiceError:
     """The error for a status that came over the wire (a worker's error frame, the web framework's own)."""
     fallback = EngineFailed if status >= 500 else InvalidRequest
-    return _BY_STATUS.get(status, fallback)(message, param=param)
+    kind = ContextExceeded if code == ContextExceeded.code else _BY_STATUS.get(status, fallback)
+    return kind(message, param=param)

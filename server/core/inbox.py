@@ -13,7 +13,7 @@ import msgspec
 
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import BrokerUnavailable, DeadlineExceeded, Unavailable, from_status
+from server.core.errors import AnswerLost, BrokerUnavailable, DeadlineExceeded, from_status
 from server.core.messages import ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Waiter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.started = False
+        self._started_at = 0.0
         self._run = ""
         self._seq = 0
         self._told = False
@@ -59,9 +60,14 @@ class Waiter:
         if self._told:
             self._frames.put_nowait(_cut_short())
             return False
-        self._run, self.started = frame.run, True
+        self._run, self.started, self._started_at = frame.run, True, time.monotonic()
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
         return True
+
+    @property
+    def generating_s(self) -> float:
+        """Seconds since a worker took the job; 0 before."""
+        return time.monotonic() - self._started_at if self.started else 0.0
 
     async def next(self) -> Frame:
         """The next frame: chunk, usage, result or done.
@@ -73,7 +79,7 @@ class Waiter:
             raise item
         if item.kind == "error":
             error = decode(ErrorFrame, item.data)
-            raise from_status(error.status, error.message, error.param)
+            raise from_status(error.status, error.message, error.param, error.code)
         return item
 
     async def _get(self) -> Frame | Exception:
@@ -86,8 +92,8 @@ class Waiter:
             raise DeadlineExceeded("No worker answered before the request's deadline.") from exc
 
 
-def _cut_short() -> Unavailable:
-    return Unavailable("The worker was lost in the middle of the answer. Ask again.", retry_after_s=1)
+def _cut_short() -> AnswerLost:
+    return AnswerLost("The worker was lost in the middle of the answer. Ask again.", retry_after_s=1)
 
 
 class Inbox:
@@ -170,4 +176,4 @@ class Inbox:
     def _fail_all(self) -> None:
         """The reply queue went with the connection: no answer can arrive any more."""
         for waiter in self.waiting.values():
-            waiter.put(BrokerUnavailable("The connection to the message broker was lost. Try again.", retry_after_s=2))
+            waiter.put(AnswerLost("The connection to the message broker was lost. Try again.", retry_after_s=2))

@@ -18,15 +18,18 @@ T = TypeVar("T")
 Lane = Literal["interactive", "batch"]
 WorkerType = Literal["chat", "embedding", "archive"]
 FrameKind = Literal["started", "chunk", "usage", "result", "error", "done"]
+Api = Literal["chat", "completions", "responses", "messages", "count_tokens", "embeddings"]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request on its way to a worker.
 
-    `body` has OpenAI's shape (chat completion or embeddings). `created_at` and `deadline` are in Unix
-    seconds: a job past its deadline is dropped, never generated. `recorded` is false for the service's
-    own work (vectors of chats, queries of `/chat/similar`), which is neither history nor usage.
+    `body` has the shape of `api`: OpenAI's chat, completions, responses or embeddings, Anthropic's messages or
+    count_tokens. `context` is put before the last question when it is asked, and is no part of what was said.
+    `created_at` and `deadline` are in Unix seconds: a job past its deadline is dropped, never generated.
+    `recorded` is false for the service's own work (vectors of chats, queries of `/chat/similar`), which is
+    neither history nor usage.
     """
 
     id: str
@@ -40,6 +43,8 @@ class Job:
     session_id: str = ""
     recorded: bool = True
     traceparent: str = ""
+    api: Api = "chat"
+    context: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Frame:
     a lost frame, or a second worker's answer to the same job, is noticed. `data` by kind:
 
     started  empty: a worker took the job from its queue
-    chunk    the JSON of one streamed chunk
+    chunk    the JSON of one streamed chunk; of `messages` and `responses` an event: its name, a line break, its JSON
     usage    the JSON of the last chunk, which counts the tokens and carries no choice
     result   the JSON of the whole answer (`embeddings` carries an `EmbeddingResult`)
     error    an `ErrorFrame`
@@ -67,6 +72,7 @@ class ErrorFrame:
     status: int
     message: str
     param: str | None = None
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True)

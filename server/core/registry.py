@@ -18,14 +18,16 @@ from server.core.errors import UnknownModel
 from server.core.settings import BadSettings
 
 ModelType = Literal["chat", "embedding"]
+Modality = Literal["text", "image", "audio", "video"]
 
 
 class ModelSpec(BaseModel):
     """One entry of models.yaml.
 
-    `source` is a hub id or a local folder (it starts with `/`, `./`, `../` or `~`); `engine` takes vLLM's
-    own option names (chat models only). `dimensions`, `query_prompt` and `pooling` override what an
-    embedding model's own files say. `stand_in_for` is written by `up` alone, into the smoke profile it makes.
+    `source` is a hub id or a local folder (it starts with `/`, `./`, `../` or `~`). Of chat models alone,
+    `engine` takes vLLM's own option names and `modalities` says what messages may hold. `dimensions`,
+    `query_prompt` and `pooling` override what an embedding model's own files say. `stand_in_for` is written by
+    `up` alone, into the smoke profile it makes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -40,6 +42,7 @@ class ModelSpec(BaseModel):
     default: bool = False
     enabled: bool = True
     engine: dict[str, Any] = {}
+    modalities: tuple[Modality, ...] = ("text",)
     dimensions: int | None = Field(None, gt=0)
     query_prompt: str | None = None
     pooling: Literal["mean", "cls", "lasttoken", "max"] | None = None
@@ -80,12 +83,13 @@ class Registry:
         models = self.of_type(type_)
         return next((model for model in models if model.default), models[0] if models else None)
 
-    def resolve(self, model_id: str | None, type_: ModelType) -> ModelSpec:
-        """The model that answers for `model_id` (None: the default's). Raises UnknownModel.
+    def get(self, model_id: str) -> ModelSpec | None:
+        """The model that answers for `model_id`. In the smoke profile that may be a stand-in, with an id of its own."""
+        return self._by_id.get(model_id) or self._stand_ins.get(model_id)
 
-        In the smoke profile that may be a stand-in, whose own id differs.
-        """
-        model = self.default(type_) if model_id is None else self._by_id.get(model_id) or self._stand_ins.get(model_id)
+    def resolve(self, model_id: str | None, type_: ModelType) -> ModelSpec:
+        """The model that answers for `model_id` (None: the default's). Raises UnknownModel."""
+        model = self.default(type_) if model_id is None else self.get(model_id)
         known = ", ".join(sorted(m.id for m in self.of_type(type_))) or "none"
         if model is None and model_id is None:
             raise UnknownModel(f"No {type_} model is served here.", param="model")
@@ -148,8 +152,9 @@ def _check_unique(models: list[ModelSpec], path: Path, root: yaml.Node) -> None:
                     f"{defaults[model.type]}"
                 )
             defaults[model.type] = line
-        for name in ("engine",) if model.type == "embedding" else ("dimensions", "query_prompt", "pooling"):
-            if getattr(model, name) not in (None, {}):
+        foreign = ("engine", "modalities") if model.type == "embedding" else ("dimensions", "query_prompt", "pooling")
+        for name in foreign:
+            if name in model.model_fields_set and getattr(model, name) not in (None, {}):
                 line = _line_of(root, ("models", index, name))
                 raise BadSettings(f"{path}:{line}: {name}: is not for {model.type} models, as {model.id!r} is")
 

@@ -40,6 +40,18 @@ class Settings(BaseSettings):
     )
     rate_limit_per_minute: int = Field(50, ge=0, description="Requests a key may make each minute; 0: no limit")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request body; past it 413")
+    allowed_media_domains: str = Field(
+        "", description="Hosts, comma-separated, that images, audio and video may be fetched from; unset: none"
+    )
+    simple_model_map: bool = Field(
+        False, description="`true`: `/v1/models` lists no `-thinking` and `-search` variants; they work all the same"
+    )
+    search_threshold: float = Field(
+        0.5, ge=0, le=1, description="How similar a past chat must be for `-search` to use it"
+    )
+    search_max_tokens: int = Field(
+        1024, ge=1, description="Most tokens that `-search` puts before a question; never over a quarter of the context"
+    )
     queue_max_jobs: int = Field(512, ge=1, description="Jobs that may wait for a model; past it 429")
     request_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="Longest a request may take, its wait included"
@@ -56,6 +68,10 @@ class Settings(BaseSettings):
             if not key.strip().isascii() or not key.strip().isprintable() or " " in key.strip():
                 raise ValueError("a key is printable ASCII without spaces")
         return value
+
+    @property
+    def media_domains(self) -> list[str]:
+        return [host.strip().lower() for host in self.allowed_media_domains.split(",") if host.strip()]
 
     @property
     def api_keys(self) -> list[str]:

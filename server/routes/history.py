@@ -5,10 +5,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from server.auth import KeyedRoute
-from server.core.errors import Unavailable
-from server.db.store import HistoryFilter, Row, SimilarQuery, Store
-from server.dialects import native
-from server.dispatch import Call
+from server.db.store import HistoryFilter, Row, Store
+from server.dialects import memory
 from server.routes import KEYED
 from server.schemas.chat import Usage
 from server.schemas.history import (
@@ -85,23 +83,7 @@ def _average(tokens: int, requests: int) -> float:
 @router.post("/chat/similar")
 async def similar(request: Request, body: SimilarRequest) -> list[SimilarChat]:
     """The key's past chats closest in meaning to the query, best first."""
-    key_id = request.state.principal.key_id
-    spec = request.app.state.registry.default("embedding")
-    if spec is None:
-        raise Unavailable("No embedding model is configured, so chats cannot be searched by meaning.")
-    request.state.model = spec.id
-    call = Call(
-        request_id=request.state.request_id,
-        spec=spec,
-        endpoint="/chat/similar",
-        body={"input": [body.query], "input_type": "query"},
-        key_id=key_id,
-        recorded=False,
-    )
-    vectors, _ = await native.embed(request, call)
-    rows = await _store(request).similar(
-        key_id, SimilarQuery(spec.vector_space, vectors[0], body.limit, body.threshold)
-    )
+    rows = await memory.similar(request, body.query, body.limit, body.threshold)
     return [SimilarChat(**row) for row in rows]
 
 

@@ -1,25 +1,17 @@
 """`/chat`, `/embeddings` and `/models` of the service's own dialect."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 
 from server.auth import KeyedRoute
 from server.dialects import native
-from server.routes import KEYED
+from server.routes import KEYED, streaming
 from server.schemas.chat import ChatRequest, ChatResponse
 from server.schemas.embeddings import EmbeddingRequest, EmbeddingResponse
 from server.schemas.service import ModelEntry
 
 router = APIRouter(tags=["inference"], route_class=KeyedRoute, responses=KEYED)
 
-
-EVENT = {
-    "type": "object",
-    "properties": {"data": {"type": "string", "description": "A chat.completion.chunk as JSON, at last [DONE]"}},
-    "required": ["data"],
-}
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
+STREAM = streaming("A chat.completion.chunk as JSON, at last [DONE]")
 
 
 @router.post("/chat", response_model=ChatResponse, responses=STREAM)

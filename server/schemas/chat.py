@@ -1,13 +1,16 @@
 """Wire types of `/chat`."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from server.schemas.common import MANY, ONE, one_or_many
+from server.schemas.parameters import SamplingParameters, Switch
 
-SessionId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$", examples=["session-123"])]
+SESSION_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """Printable ASCII without spaces: it travels in a header."""
+SessionId = Annotated[str, Field(pattern=f"^{SESSION_ID.pattern}$", examples=["session-123"])]
 
 
 class TextPart(BaseModel):
@@ -33,7 +36,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = Field(False, description="Send a last chunk that counts the tokens")
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(SamplingParameters):
     """Unknown fields are ignored and named in the response's `X-Ignored-Fields`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -50,13 +53,25 @@ class ChatRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     session_id: SessionId | None = Field(None, description="Groups chats; made if left out")
-    enable_thinking: bool = Field(False, description="Think before answering; thoughts come as `reasoning`")
+    enable_thinking: Switch | None = Field(
+        None,
+        description="Think before answering; thoughts come as `reasoning`. If left out, as `model` and "
+        "`reasoning_effort` say, else not",
+    )
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class ChatUsage(Usage):
+    """`output_tokens` are the `completion_tokens`, thoughts included, by another name."""
+
+    reasoning_tokens: int
+    output_tokens: int
+    tokens_per_second: float
 
 
 class AssistantMessage(BaseModel):
@@ -69,6 +84,15 @@ class Choice(BaseModel):
     index: int
     message: AssistantMessage
     finish_reason: Literal["stop", "length"] | str | None
+    logprobs: dict[str, Any] | None = None
+
+
+class Source(BaseModel):
+    """A past chat that was shown to the model."""
+
+    id: int
+    session_id: str
+    similarity: float
 
 
 class ChatResponse(BaseModel):
@@ -77,5 +101,7 @@ class ChatResponse(BaseModel):
     created: int
     model: str
     choices: list[Choice]
-    usage: Usage
+    usage: ChatUsage
     session_id: str
+    prompt: str | None = Field(None, description="The rendered prompt, with `return_prompt`")
+    sources: list[Source] | None = Field(None, description="What a `-search` model was shown of past chats")

@@ -1,4 +1,5 @@
--- Embedding requests and their usage, each request id once.
+-- Embedding requests and their usage, each request id once. A request of many texts is several jobs: the first
+-- bears the request's id, the others `id.1`, `id.2`, …, so that it counts as one.
 WITH incoming AS (
     SELECT * FROM unnest(
         %(request_id)s::text[], %(key_id)s::bigint[], %(model)s::text[], %(texts)s::int[],
@@ -8,11 +9,11 @@ WITH incoming AS (
     INSERT INTO embedding_requests (request_id, key_id, model, texts, prompt_tokens, created_at)
     SELECT request_id, key_id, model, texts, prompt_tokens, to_timestamp(created_at) FROM incoming
     ON CONFLICT (request_id) DO NOTHING
-    RETURNING key_id, model, texts, prompt_tokens, created_at
+    RETURNING request_id, key_id, model, texts, prompt_tokens, created_at
 ), used AS (
     INSERT INTO usage_daily AS u (key_id, day, model, type, requests, texts, prompt_tokens, completion_tokens)
-    SELECT key_id, (created_at AT TIME ZONE 'UTC')::date, model, 'embedding', count(*), sum(texts),
-           sum(prompt_tokens), 0
+    SELECT key_id, (created_at AT TIME ZONE 'UTC')::date, model, 'embedding',
+           count(*) FILTER (WHERE strpos(request_id, '.') = 0), sum(texts), sum(prompt_tokens), 0
     FROM inserted GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
     ON CONFLICT (key_id, day, model, type) DO UPDATE SET
         requests = u.requests + excluded.requests,

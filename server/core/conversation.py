@@ -1,0 +1,24 @@
+"""Messages as every dialect has them: a role, and a content that is a text or a list of parts."""
+
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def plain(content: Any) -> str:
+    """The text of a message's content."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if isinstance(part, dict) and part.get("text"))
+    return content or ""
+
+
+def last_question(messages: list[Message]) -> str:
+    """The text of the user's last message that has any: in a tool loop the latest ones carry results."""
+    asked = (plain(message.get("content")) for message in reversed(messages) if message.get("role") == "user")
+    return next(filter(None, asked), "")
+
+
+def answer(messages: list[Message]) -> str:
+    """The text of the assistant's message at the end."""
+    last = messages[-1] if messages else {}
+    return plain(last.get("content")) if last.get("role") == "assistant" else ""

@@ -1,0 +1,152 @@
+"""What every dialect does alike: have a job done, hear its frames, and answer in JSON or in events.
+
+Knows no dialect's shapes.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+
+from server.core import metrics
+from server.core.errors import InvalidRequest
+from server.core.messages import Api, Frame
+from server.core.registry import ModelSpec
+from server.dialects import memory
+from server.dispatch import Call, Dispatcher, Ticket
+from server.schemas.chat import SESSION_ID
+from server.sse import unless_disconnected
+from server.variants import Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A chat that a worker has taken: its first frame is here, and nothing is refused any more.
+
+    `sources` are the past chats that `-search` showed to the model. Close it when its client has it all.
+    """
+
+    request: Request
+    ticket: Ticket
+    first: Frame
+    model: str
+    session_id: str
+    headers: dict[str, str]
+    sources: list[dict[str, Any]]
+
+    def close(self) -> None:
+        self.ticket.close()
+
+    async def frames(self) -> AsyncGenerator[Frame, None]:
+        """Every frame but the last, `done`. Raises the ServiceError that the answer ended with."""
+        started: float = self.request.state.started
+        frame, last = self.first, 0.0
+        while frame.kind != "done":
+            yield frame
+            frame = await self.ticket.next()
+            now = time.monotonic()
+            if frame.kind == "chunk":
+                # Not of the first frame, which opens the answer and carries no text.
+                if last:
+                    metrics.inter_token_latency.labels(self.model).observe(now - last)
+                else:
+                    metrics.ttft.labels(self.model).observe(now - started)
+                last = now
+
+    def opening(self) -> dict[str, Any]:
+        """The first chunk of a streamed chat, with what is told once: the rendered prompt, and the sources."""
+        chunk: dict[str, Any] = orjson.loads(self.first.data)
+        chunk.pop("prompt_token_ids", None)
+        if (prompt := chunk.pop("prompt_text", None)) is not None:
+            chunk["prompt"] = prompt
+        if self.sources:
+            chunk["sources"] = self.sources
+        return chunk
+
+    def counted(self, frame: Frame) -> bytes:
+        """The JSON of the chunk that counts the tokens, with what the engine does not count."""
+        chunk = orjson.loads(frame.data)
+        self.add_to_usage(chunk["usage"])
+        return orjson.dumps(chunk)
+
+    def add_to_usage(self, usage: dict[str, Any]) -> None:
+        """What the engine does not count by itself."""
+        details = usage.get("completion_tokens_details") or {}
+        usage["reasoning_tokens"] = details.get("reasoning_tokens", 0)
+        usage["output_tokens"] = usage["completion_tokens"]
+        seconds = self.ticket.generating_s
+        usage["tokens_per_second"] = round(usage["completion_tokens"] / seconds, 2) if seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A chat on its way to a worker. `text` is the user's last message, which `-search` looks for."""
+
+    variant: Variant
+    api: Api
+    body: dict[str, Any]
+    text: str = ""
+    session_id: str | None = None
+    ignored: tuple[str, ...] = ()
+
+
+async def ask(request: Request, question: Question) -> Turn:
+    """Have a question answered. Raises ServiceError; what the worker refuses is raised here too."""
+    spec = question.variant.spec
+    request.state.model = spec.id
+    session_id = question.session_id or _session_of(request)
+    found = await memory.recall(request, spec, question.text) if question.variant.search else memory.NOTHING
+    call = Call(
+        request_id=request.state.request_id,
+        spec=spec,
+        endpoint=request.scope["route"].path,
+        api=question.api,
+        body=question.body,
+        key_id=request.state.principal.key_id,
+        session_id=session_id,
+        recorded=question.api != "count_tokens",
+        traceparent=request.headers.get("traceparent", ""),
+        context=found.context,
+    )
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    ticket = await dispatcher.submit(call)
+    try:
+        # Nothing is answered before the worker has taken the request for good: what it refuses becomes
+        # a status, not an event.
+        first = await unless_disconnected(request, ticket.next())
+    except BaseException:
+        ticket.close()
+        raise
+    headers = {"X-Session-Id": session_id, **notes(question.variant.asked, spec, question.ignored)}
+    return Turn(request, ticket, first, spec.id, session_id, headers, found.sources)
+
+
+def _session_of(request: Request) -> str:
+    """The session named in the header, for dialects that have no field for it; or a new one."""
+    given = request.headers.get("x-session-id")
+    if given is None:
+        return f"session-{uuid.uuid4().hex}"
+    if not SESSION_ID.fullmatch(given):
+        raise InvalidRequest("X-Session-Id: 1 to 128 printable ASCII characters without spaces.", param="X-Session-Id")
+    return given
+
+
+def notes(asked: str | None, spec: ModelSpec, ignored: tuple[str, ...]) -> dict[str, str]:
+    """Headers that say what is not as asked: a stand-in that answers, fields that nobody reads."""
+    told = {}
+    if asked is not None and asked != spec.id:
+        told["X-Stand-In"] = spec.id
+    shown = [name[:64] if name.isascii() and name.isprintable() else "?" for name in ignored[:20]]
+    if shown:
+        told["X-Ignored-Fields"] = ", ".join(shown)
+    return told
+
+
+def json_response(content: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json", headers=headers
+    )

@@ -1,0 +1,65 @@
+"""OpenAI's paths, and those of the two dialects that are OpenAI's with a difference."""
+
+from fastapi import APIRouter, Request, Response
+
+from server.auth import KeyedRoute
+from server.dialects import gateway, kawai, openai, responses
+from server.dialects.relay import json_response
+from server.routes import KEYED_OPENAI, streaming
+from server.schemas.dialects import ChatCompletion, Completion, EmbeddingList, Model, ModelList
+from server.schemas.dialects import Response as ResponseObject
+from server.schemas.openai import ChatCompletionsRequest, CompletionsRequest, EmbeddingsRequest
+from server.schemas.responses import ResponsesRequest
+
+router = APIRouter(tags=["OpenAI"], route_class=KeyedRoute, responses=KEYED_OPENAI)
+
+CHUNKS = streaming("A chat.completion.chunk as JSON, at last [DONE]")
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=CHUNKS)
+async def chat_completions(request: Request, body: ChatCompletionsRequest) -> Response:
+    """A chat completion."""
+    return await openai.chat(request, body)
+
+
+@router.post("/v1/completions", response_model=Completion, responses=streaming("A text_completion as JSON, or [DONE]"))
+async def completions(request: Request, body: CompletionsRequest) -> Response:
+    """A completion of plain text, without a chat template."""
+    return await openai.completions(request, body)
+
+
+@router.post("/v1/responses", response_model=ResponseObject, responses=streaming("A response event as JSON"))
+async def create_response(request: Request, body: ResponsesRequest) -> Response:
+    """A response. Nothing is stored: the conversation comes in `input`."""
+    return await responses.respond(request, body)
+
+
+@router.post("/v1/embeddings", response_model=EmbeddingList)
+async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
+    """Vectors of texts, or of lists of token ids."""
+    return await openai.embeddings(request, body)
+
+
+@router.get("/v1/models", response_model=ModelList)
+async def models(request: Request) -> Response:
+    """The models that answer, and the variants of their names."""
+    state = request.app.state
+    return json_response(openai.models(state.registry, variants=not state.settings.simple_model_map))
+
+
+@router.get("/v1/models/{model_id}", response_model=Model)
+async def model(request: Request, model_id: str) -> Response:
+    """One model, by any name it answers to."""
+    return json_response(openai.find_model(request.app.state.registry, model_id))
+
+
+@router.post("/ai/v1/chat/completions", response_model=ChatCompletion, responses=streaming('`{"content": "…"}`'))
+async def gateway_chat(request: Request, body: ChatCompletionsRequest) -> Response:
+    """AI Service V1's chat: streams carry `{"content": "…"}`, and at last [DONE]."""
+    return await gateway.chat(request, body)
+
+
+@router.post("/kawai/v1/chat/completions", response_model=ChatCompletion, responses=CHUNKS)
+async def kawai_chat(request: Request, body: ChatCompletionsRequest) -> Response:
+    """A chat completion with Kawai's defaults."""
+    return await kawai.chat(request, body)

@@ -1,0 +1,278 @@
+"""vLLM's serving layer, one adapter an API: a body in the dialect's own shape in, its JSON out.
+
+Templates, sampling, reasoning, tool parsers and the dialects' events are all vLLM's; what stands here is how
+each API is called, heard and refused. With engine.py and samplers.py all that knows vLLM.
+"""
+
+import asyncio
+import json
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from server.core.errors import ContextExceeded, InvalidRequest, ServiceError, from_status
+from server.core.messages import Api
+
+logger = logging.getLogger(__name__)
+
+Heard = Callable[[bytes], bool]
+"""Takes the JSON of each answer or chunk; says whether it carries any choice."""
+
+TEMPLATE_TOKENS = 1024
+"""More than any chat template adds around the messages."""
+
+
+class EngineDied(ServiceError):
+    """The engine is gone: nothing this process does can succeed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Of a stream, as a frame carries it; `only_counts` of the chunk that has tokens and no choice."""
+
+    data: bytes
+    only_counts: bool = False
+
+
+class Serving(ABC):
+    """One API of vLLM's. Both methods raise ServiceError, or EngineDied."""
+
+    def __init__(self, client: Any, state: Any) -> None:
+        self._client = client
+        self._state = state
+
+    async def complete(self, body: dict[str, Any], request_id: str, heard: Heard) -> bytes:
+        """The JSON of a whole answer."""
+        return self._whole(await self._start(body | {"stream": False}, request_id), heard)
+
+    async def stream(self, body: dict[str, Any], request_id: str, heard: Heard) -> AsyncIterator[Piece]:
+        """The pieces of an answer. Ending the iteration early stops the generation."""
+        events = await self._start(body, request_id)
+        try:
+            async for piece in self._pieces(events, heard):
+                yield piece
+        finally:
+            await events.aclose()
+
+    @abstractmethod
+    async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
+        """vLLM's answer: a response, an ErrorResponse, or a generator of events."""
+
+    @abstractmethod
+    def _whole(self, response: Any, heard: Heard) -> bytes: ...
+
+    @abstractmethod
+    def _pieces(self, events: Any, heard: Heard) -> AsyncGenerator[Piece, None]: ...
+
+    async def _start(self, body: dict[str, Any], request_id: str) -> Any:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+        try:
+            response = await self._ask(body, request_id)
+        except ValidationError as exc:
+            first = exc.errors()[0]
+            param = ".".join(str(step) for step in first["loc"])
+            raise InvalidRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param or None) from exc
+        except InvalidRequest:
+            raise
+        except Exception as exc:
+            # vLLM's own table of which exception is whose fault. What is not the caller's is logged
+            # here and told without its text.
+            self._check_alive()
+            response = create_error_response(exc)
+            if response.error.code >= 500:
+                logger.exception("generation failed", extra={"action": "generate", "request_id": request_id})
+                raise _refusal(response.error.code, "", None) from exc
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise asyncio.CancelledError  # which vLLM turns into a response of its own
+        if isinstance(response, ErrorResponse):
+            raise _refusal(response.error.code, response.error.message, response.error.param)
+        return response
+
+    def _check_alive(self) -> None:
+        if self._client.errored:
+            raise EngineDied("The engine died.")
+
+    def _json_of(self, event: str) -> str:
+        """The JSON of a chat's or completion's event, empty for the last one. Raises what an error event says."""
+        data = event.removeprefix("data: ").rstrip()
+        if data.startswith('{"error"'):
+            error = json.loads(data)["error"]
+            self._check_alive()
+            raise _refusal(int(error["code"]), error["message"], error.get("param"))
+        return "" if data == "[DONE]" else data
+
+
+def _refusal(code: int, message: str, param: str | None) -> ServiceError:
+    """vLLM's error as ours: its words where the request is at fault, none of them where the engine is."""
+    if code >= 500:
+        return from_status(code, "The engine failed on this request.")
+    if "maximum context length" in message:
+        return ContextExceeded(_plain(message), param=param)
+    return from_status(code, _plain(message), param)
+
+
+def _plain(message: str) -> str:
+    """Without the value that vLLM repeats at its end, which may be long."""
+    return re.sub(r" \(parameter=\w+, value=.*\)$", "", message, flags=re.DOTALL)
+
+
+COUNTED = {"include_usage": True}
+"""Every stream ends with its tokens: history wants them, and whoever did not ask is not shown them."""
+
+
+class Chat(Serving):
+    async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        options = {"stream_options": COUNTED} if body["stream"] else {}
+        return await self._generate(ChatCompletionRequest(**body, **options, request_id=request_id))
+
+    async def _generate(self, request: Any) -> Any:
+        await self._check_fits(request)
+        return await self._state.openai_serving_chat.create_chat_completion(request, None)
+
+    async def _check_fits(self, request: Any) -> None:
+        """Refuse a `max_tokens` that the prompt leaves no room for; vLLM would quietly give fewer tokens.
+
+        A byte is at least a token's worth of text, so most requests are let through without a count.
+        """
+        limit: int = self._client.model_config.max_model_len
+        wanted: int = request.max_completion_tokens or request.max_tokens or 0
+        most = len(request.model_dump_json(include={"messages", "tools"})) + TEMPLATE_TOKENS
+        if not wanted or wanted > limit or most + wanted <= limit:
+            return  # refused by vLLM itself, or sure to fit
+        rendered = await self._state.openai_serving_chat.render_chat_request(request.model_copy(deep=True))
+        if not isinstance(rendered, tuple):
+            return  # a refusal, which the request itself meets as well
+        prompt = len(rendered[1][0]["prompt_token_ids"])
+        if prompt + wanted > limit:
+            raise ContextExceeded(
+                f"max_tokens: {wanted} tokens do not fit after a prompt of {prompt} in a context of {limit}. "
+                f"Ask for at most {limit - prompt}.",
+                param="max_tokens",
+            )
+
+    def _whole(self, response: Any, heard: Heard) -> bytes:
+        data: bytes = response.model_dump_json(exclude_none=True).encode()
+        heard(data)
+        return data
+
+    async def _pieces(self, events: Any, heard: Heard) -> AsyncGenerator[Piece, None]:
+        async for event in events:
+            if data := self._json_of(event).encode():
+                yield Piece(data, only_counts=not heard(data))
+
+
+class Completions(Chat):
+    async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        options = {"stream_options": COUNTED} if body["stream"] else {}
+        request = CompletionRequest(**body, **options, request_id=request_id)
+        return await self._state.openai_serving_completion.create_completion(request, None)
+
+
+class Messages(Chat):
+    """Anthropic's: a chat to the engine; vLLM converts the request there and the answer back."""
+
+    async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
+        from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+        request = self._as_chat(AnthropicMessagesRequest(**body))
+        request.request_id = request_id
+        return await self._generate(request)
+
+    def _as_chat(self, request: Any) -> Any:
+        serving = self._state.anthropic_serving_messages
+        return serving.to_chat_completion_request(request, merge_inline_system=serving._merge_inline_system)
+
+    def _whole(self, response: Any, heard: Heard) -> bytes:
+        super()._whole(response, heard)
+        for call in response.choices[0].message.tool_calls or []:
+            # A call that max_tokens cut short is no JSON, and the converter takes nothing else.
+            if not _is_object(call.function.arguments):
+                call.function.arguments = "{}"
+        answer = self._state.anthropic_serving_messages.messages_full_converter(response)
+        return bytes(answer.model_dump_json(exclude_none=True).encode())
+
+    async def _pieces(self, events: Any, heard: Heard) -> AsyncGenerator[Piece, None]:
+        failure: list[ServiceError] = []
+
+        async def chunks() -> AsyncGenerator[str, None]:
+            async for event in events:
+                try:
+                    data = self._json_of(event)
+                except ServiceError as exc:
+                    # Thrown through the converter it would become an event of its own.
+                    failure.append(exc)
+                    return
+                if data:
+                    heard(data.encode())
+                yield event
+
+        async for event in self._state.anthropic_serving_messages.message_stream_converter(chunks()):
+            name, _, data = event.rstrip().partition("\n")
+            name = name.removeprefix("event: ")
+            if name == "error":
+                raise _refusal(500, "", None)
+            yield Piece(f"{name}\n{data.removeprefix('data: ')}".encode())
+        if failure:
+            raise failure[0]
+
+
+class CountTokens(Messages):
+    async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
+        from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest
+
+        fields = {name: value for name, value in body.items() if name != "stream"}
+        return await self._state.anthropic_serving_messages.count_tokens(AnthropicCountTokensRequest(**fields), None)
+
+    def _whole(self, response: Any, _heard: Heard) -> bytes:
+        return bytes(response.model_dump_json(include={"input_tokens"}).encode())
+
+
+class Responses(Serving):
+    async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+        request = ResponsesRequest(**body, request_id=f"resp_{request_id}")
+        return await self._state.openai_serving_responses.create_responses(request, None)
+
+    def _whole(self, response: Any, heard: Heard) -> bytes:
+        data: bytes = response.model_dump_json(by_alias=True).encode()
+        heard(data)
+        return data
+
+    async def _pieces(self, events: Any, heard: Heard) -> AsyncGenerator[Piece, None]:
+        async for event in events:
+            if event.type in ("response.completed", "response.incomplete"):
+                heard(event.response.model_dump_json(by_alias=True).encode())
+            elif event.type == "error":
+                self._check_alive()
+                raise _refusal(500, "", None)
+            yield Piece(f"{event.type}\n{event.model_dump_json(by_alias=True)}".encode())
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def servings(client: Any, state: Any) -> dict[Api, Serving]:
+    """An adapter for each API of a chat model."""
+    return {
+        "chat": Chat(client, state),
+        "completions": Completions(client, state),
+        "responses": Responses(client, state),
+        "messages": Messages(client, state),
+        "count_tokens": CountTokens(client, state),
+    }

@@ -46,11 +46,6 @@ class Ticket:
         self._over = frame.kind in ("result", "done")
         return frame
 
-    @property
-    def generating_s(self) -> float:
-        """Seconds since a worker took the job."""
-        return self._waiter.generating_s
-
     def close(self) -> None:
         self._inbox.release(self.request_id)
         if not self._over:

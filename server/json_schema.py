@@ -39,15 +39,26 @@ MAX_SCHEMA_COUNT = 65_536
 MAX_SCHEMA_PATTERN = 256
 """Characters of a pattern. A bad pattern was enough to end a worker: CVE-2025-48944 (GHSA-vrq3-r879-7m65)."""
 
-MAX_SCHEMA_REPEAT = 512
-"""Repetitions in a whole schema. `(((a{0,10}){0,10}){0,10}){0,10}` never ends, 300 times `[a-z]{1,64}` take over 20 s,
-a string's length up to 5 s for each different one. GHSA-rwxx-mrjm-wc2m is the like for patterns outside of schemas."""
+MAX_SCHEMA_WEIGHT = 4096
+"""What a schema's patterns, string lengths and formats weigh together, in positions of a string: `_weight` counts
+them. The compiler tries the whole vocabulary at each, 2 ms where few characters fit and 30 ms where any does. What
+passes takes up to some 20 s, beside the engine's loop; a `maxLength` of 1000 alone takes 3 to 10, so less would
+refuse ordinary schemas. Without the bound, `(.{0,12}){0,12}` takes minutes. Of patterns: GHSA-rwxx-mrjm-wc2m."""
+
+WIDE = 16
+"""The weight of a position where nearly any character fits (`.`, `[^"]`)."""
+
+LENGTH_WEIGHT = 8
+"""Of each character of `minLength` or `maxLength`. Four different lengths fit in a schema, or more short ones."""
 
 FLAT_LENGTH = 128
 """Beyond it, xgrammar counts instead of writing a string's characters out: the cost grows no more."""
 
-FORMAT_REPEAT = 8
-"""What a `format` counts as: the grammar of a `uri-template` takes 0.2 s, that of a date next to none."""
+FORMAT_WEIGHT = 64
+"""Of a `format`: the grammar of a `uri-template` takes 0.2 s, that of a date next to none."""
+
+COUNTED_WEIGHT = 16
+"""Of each property of an object with `minProperties`."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -71,9 +82,9 @@ FLAGS = _words("deprecated readOnly uniqueItems writeOnly")
 SAME_VALUE = _words("allOf anyOf else if not oneOf then")
 """Keywords whose subschemas are about the same value: a circle of these and `$ref` alone describes nothing."""
 
-QUANTIFIER = re.compile(r"\{(?=,?\d)(\d*)(?:,(\d*))?\}")
+QUANTIFIER = re.compile(r"\{(?=,?\d)(\d*)(?:,(\d*))?\}|[*+?]")
 UNREADABLE = (re.error, OverflowError, RecursionError, IndexError)
-"""What `re`, and the count of a pattern's repetitions, raise where they cannot read it."""
+"""What `re`, and the weighing of a pattern, raise where they cannot read it."""
 
 Path = tuple[Any, ...]
 """`()` is the schema itself, `(parent, step)` what stands in it: children share their parents, however long."""
@@ -98,7 +109,7 @@ def _steps(path: Path) -> tuple[str, ...]:
 class _Check:
     def __init__(self, where: str) -> None:
         self.where = where
-        self.repeats = 0
+        self.weight = 0
         self.lengths: set[tuple[Any, Any]] = set()
         self.places: dict[tuple[str, ...], Any] = {}
         self.refs: list[tuple[Path, str]] = []
@@ -170,7 +181,7 @@ class _Check:
             self._check_pattern(path, value)
         elif keyword in STRINGS:
             self._check_text(path, value)
-            self._spend(path, FORMAT_REPEAT if keyword == "format" else 0, value)
+            self._spend(path, FORMAT_WEIGHT if keyword == "format" else 0, value)
         else:
             self._check_plain(path, keyword, value)
 
@@ -217,9 +228,13 @@ class _Check:
         if lengths not in self.lengths:
             # Strings of the same length share their part of the grammar.
             self.lengths.add(lengths)
-            self._spend(path, max(min(int(length or 0), FLAT_LENGTH) for length in lengths), lengths)
+            longest = max(min(int(length or 0), FLAT_LENGTH) for length in lengths)
+            self._spend(path, LENGTH_WEIGHT * longest, lengths)
         properties = schema.get("properties") or ()
-        if schema.get("minProperties") and len(properties) > MAX_COUNTED_PROPERTIES:
+        if not schema.get("minProperties"):
+            return
+        self._spend(path, COUNTED_WEIGHT * len(properties), properties)
+        if len(properties) > MAX_COUNTED_PROPERTIES:
             why = f"with minProperties, an object may have {MAX_COUNTED_PROPERTIES} properties, not {len(properties)}"
             raise self.refusal(path, why, schema["minProperties"])
 
@@ -230,16 +245,17 @@ class _Check:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 re.compile(pattern)
-            repeats = _repeats(pattern)
+            # Its length too, whatever it says: `re` takes milliseconds for a page of brackets.
+            weight = max(_weight(pattern), len(pattern))
         except UNREADABLE as exc:
             raise self.refusal(path, "must be a regular expression", pattern) from exc
-        self._spend(path, repeats, pattern)
+        self._spend(path, weight, pattern)
 
-    def _spend(self, path: Path, repeats: int, value: Any) -> None:
-        self.repeats += repeats
-        if self.repeats > MAX_SCHEMA_REPEAT:
-            what = f"patterns, lengths and formats may repeat {MAX_SCHEMA_REPEAT} times in a schema"
-            raise self.refusal(path, f"{what}, and come to {self.repeats} here", value)
+    def _spend(self, path: Path, weight: int, value: Any) -> None:
+        self.weight += weight
+        if self.weight > MAX_SCHEMA_WEIGHT:
+            what = f"patterns, lengths, formats and minProperties may weigh {MAX_SCHEMA_WEIGHT} in a schema"
+            raise self.refusal(path, f"{what}, and come to {self.weight} here", value)
 
     def _check_refs(self) -> None:
         for place, found in self.places.items():
@@ -278,33 +294,43 @@ class _Check:
                     way[target] = iter(self.same.get(target, ()))
 
 
-def _repeats(pattern: str) -> int:
-    """How many characters the counted quantifiers of a pattern add, were they written out.
+def _weight(pattern: str) -> int:
+    """How many positions a pattern has with its quantifiers written out, wide ones many times over.
 
+    Two shapes cost more than that and weigh more: a repeated group with another repetition in it, as the square of
+    its count; and the n-th wide part of no certain length, n times, since what one takes the next may take too.
     `re` has read the pattern before. Raises re.error where it reads a bracket otherwise than the compiler does.
     """
-    index = atom = total = atoms = 0
-    outer: list[int] = []
+    index = total = open_ended = 0
+    atom, wide, repeated = 0, False, False
+    outer: list[tuple[int, bool, bool]] = []
+    wide_inside = repeated_inside = False
     while index < len(pattern):
         char, step = pattern[index], 1
         if char == "(":
-            outer.append(total)
-            total = 0
+            outer.append((total, wide_inside, repeated_inside))
+            total, wide_inside, repeated_inside = 0, False, False
         elif char == ")":
-            atom = total
-            total += outer.pop()
-        elif char == "{" and (found := QUANTIFIER.match(pattern, index)):
-            most = max(int(found[2] or found[1] or 0), int(found[1] or 0), 1)
-            total += atom * (most - 1)
-            atom *= most
+            atom, wide, repeated = total, wide_inside, repeated_inside
+            before, wide_before, repeated_before = outer.pop()
+            total, wide_inside, repeated_inside = before + atom, wide or wide_before, repeated or repeated_before
+        elif found := QUANTIFIER.match(pattern, index):
             step = len(found[0])
-        elif char not in "|?*+":
+            most = max(int(found[1] or 0), int(found[2] or 0), 1)
+            grown = atom * most * (most if repeated else 1)
+            total, atom = total + grown - atom, grown
+            repeated = repeated_inside = True
+            if wide and (char != "{" or found[2] not in (None, found[1])):
+                total += grown * open_ended
+                open_ended += 1
+        elif char != "|":
             step = _bracket(pattern, index) if char == "[" else 2 if char == "\\" else 1
-            atom = 1
-            total += 1
-            atoms += 1
+            wide = char == "." or pattern[index : index + 2] in ("[^", r"\D", r"\S", r"\W")
+            atom, repeated = WIDE if wide else 1, False
+            total += atom
+            wide_inside = wide_inside or wide
         index += step
-    return total - atoms
+    return total
 
 
 def _bracket(pattern: str, start: int) -> int:

@@ -54,7 +54,8 @@ def _check_url(part: dict[str, Any], at: str, domains: list[str]) -> None:
         return
     try:
         parsed = urlsplit(url)
-        fetched = parsed.scheme in ("http", "https") and (parsed.hostname or "") in domains
+        # A backslash ends the host for some readers of URLs and not for others: the engine's might be one of those.
+        fetched = parsed.scheme in ("http", "https") and (parsed.hostname or "") in domains and "\\" not in url
     except ValueError:
         fetched = False
     if not fetched:

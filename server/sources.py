@@ -118,7 +118,7 @@ def _smoke_chat(lost: list[ModelSpec], folder: Path) -> ModelSpec:
         type="chat",
         source=str(folder),
         context_length=2048,
-        description=_describe(lost, "a tiny Qwen3 that was taught ten answers"),
+        description=_describe(lost, "a tiny Qwen3 that was taught a few answers"),
         default=any(spec.default for spec in lost),
         engine={
             "reasoning_parser": "qwen3",

@@ -145,7 +145,7 @@ class Supervisor:
         folder = self._folder / "smoke" / hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]
         if (folder / "config.json").exists() or not any(s.id in missing for s in registry.of_type("chat")):
             return folder
-        say("Teaching the stand-in its ten answers (about 20 s) …")
+        say("Teaching the stand-in its answers (about 30 s) …")
         folder.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "workers", "smoke", "--out", str(folder)]
         await self._run_to_end("smoke", argv, self._folder / "logs" / "smoke.log")

@@ -12,12 +12,15 @@ from typing import Any
 
 from server.core.registry import ModelSpec
 from server.core.settings import BadSettings, Settings
+from workers.grammars import bound_whitespace
 from workers.serving import servings
 
 DEFAULTS: dict[str, Any] = {
     # One backend, named: vLLM keeps the first that a request needs, and "auto" may then hand it another's grammar.
     # White space only where JSON must have it: small models loop in it until max_tokens otherwise.
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    # With tool_choice "none" the model is not shown the tools; shown them, it may call one all the same, as text.
+    "exclude_tools_when_tool_choice_none": True,
 }
 """Everywhere. What models.yaml says wins, here as below."""
 
@@ -105,6 +108,7 @@ async def start_engine(spec: ModelSpec, settings: Settings) -> AsyncIterator[Cha
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 
+    bound_whitespace()
     args = engine_arguments(spec, settings.media_domains)
     async with build_async_engine_client(args) as client:
         state = State()

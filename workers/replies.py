@@ -5,6 +5,7 @@ The broker's cost then grows with time, not with tokens. While one stream runs n
 
 import asyncio
 import itertools
+import time
 import uuid
 from collections.abc import Callable
 
@@ -61,9 +62,11 @@ class Reply:
         self._request_id = request_id
         self._run = uuid.uuid4().hex[:8]
         self._seq = itertools.count()
+        self._taken_at = time.monotonic()
 
     def send(self, kind: FrameKind, data: bytes = b"") -> None:
-        self._outbox.add(self._reply_to, Frame(self._request_id, self._run, next(self._seq), kind, data))
+        elapsed_s = time.monotonic() - self._taken_at
+        self._outbox.add(self._reply_to, Frame(self._request_id, self._run, next(self._seq), kind, data, elapsed_s))
 
     def fail(self, error: ServiceError) -> None:
         self.send("error", encode(ErrorFrame(error.status, error.message, error.param, error.code)))

@@ -199,12 +199,13 @@ class ExtraSamplers(LogitsProcessor):  # type: ignore[misc]  # vLLM is Any here
             return
         device = logits.device
         rows = torch.tensor([index for index, _ in picked], device=device)
-        thresholds = torch.tensor([[params.xtc_threshold] for _, params in picked], device=device)
+        # A token that is banned already, by a grammar say, must not be the one that stays, as a threshold of
+        # 0 would have it: its probability is 0, which is below this.
+        least = torch.finfo(torch.float32).tiny
+        thresholds = torch.tensor([[max(params.xtc_threshold, least)] for _, params in picked], device=device)
         kept = torch.tensor([max(1, params.xtc_min_keep) for _, params in picked], device=device)
         chosen = logits[rows]
-        # A token that is banned already, by a grammar say, must not be the one that is kept: a threshold
-        # of 0 would let it.
-        above = (chosen.softmax(dim=-1) >= thresholds) & (chosen > -torch.inf)
+        above = chosen.softmax(dim=-1) >= thresholds
         at, ids = above.nonzero(as_tuple=True)
         # By logits, which order as probabilities do without their rounding. Sorted twice, so that each
         # row's tokens lie together, the most probable first.
@@ -248,20 +249,20 @@ def continuations(tokens: Ids, allowed_length: int, breakers: Ids) -> tuple[Ids,
     reach = int(breaks[0]) if breaks.size else newest_first.size
     if reach < max(1, allowed_length):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    ends = np.flatnonzero(tokens[:-1] == tokens[-1])
-    ends = ends[np.isin(tokens[ends + 1], breakers, invert=True)]
-    lengths = np.ones(ends.size, np.int64)
-    growing = np.arange(ends.size)
+    # At each place but the last: does the run that ends here still match, and how far did it.
+    matches = tokens[:-1] == tokens[-1]
+    lengths = matches.astype(np.int64)
     for back in range(1, reach):
-        growing = growing[ends[growing] >= back]
-        growing = growing[tokens[ends[growing] - back] == newest_first[back]]
-        if not growing.size:
+        matches[back - 1] = False  # the text begins here
+        matches[back:] &= tokens[: -1 - back] == newest_first[back]
+        if not matches.any():
             break
-        lengths[growing] += 1
-    enough = lengths >= allowed_length
-    ids, which = np.unique(tokens[ends[enough] + 1], return_inverse=True)
+        lengths += matches
+    ends = np.flatnonzero(lengths >= max(1, allowed_length))
+    ends = ends[np.isin(tokens[ends + 1], breakers, invert=True)]
+    ids, which = np.unique(tokens[ends + 1], return_inverse=True)
     longest = np.zeros(ids.size, np.int64)
-    np.maximum.at(longest, which, lengths[enough])
+    np.maximum.at(longest, which, lengths[ends])
     return ids, longest
 
 

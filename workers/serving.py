@@ -185,8 +185,12 @@ class Messages(Chat):
     async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
         from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
-        request = self._as_chat(AnthropicMessagesRequest(**body))
+        fields = dict(body)
+        budget = fields.pop("thinking_token_budget", None)
+        request = self._as_chat(AnthropicMessagesRequest(**fields))
         request.request_id = request_id
+        if budget is not None:
+            request.thinking_token_budget = budget  # Anthropic's own field for it has a least value
         return await self._generate(request)
 
     def _as_chat(self, request: Any) -> Any:
@@ -242,7 +246,18 @@ class Responses(Serving):
     async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-        request = ResponsesRequest(**body, request_id=f"resp_{request_id}")
+        fields = dict(body)
+        budget = fields.pop("thinking_token_budget", None)
+
+        class Budgeted(ResponsesRequest):  # type: ignore[misc]  # vLLM is Any to the type checker
+            """With the bound on thoughts that chats have a field for."""
+
+            def to_sampling_params(self, *args: Any, **kwargs: Any) -> Any:
+                params = super().to_sampling_params(*args, **kwargs)
+                params.thinking_token_budget = budget
+                return params
+
+        request = Budgeted(**fields, request_id=f"resp_{request_id}")
         return await self._state.openai_serving_responses.create_responses(request, None)
 
     def _whole(self, response: Any, heard: Heard) -> bytes:

@@ -1,7 +1,7 @@
 """The smoke models: tiny stand-ins made on the spot, for a first start and for the tests.
 
-Owns the recipe of `qwen3-smoke`, a Qwen3 of 0.4M parameters that is taught ten conversations by heart:
-it exercises the whole path (template, thinking, tool calls, stopping) without a download. It knows
+Owns the recipe of `qwen3-smoke`, a Qwen3 of 0.4M parameters that is taught a few conversations by heart:
+it exercises the whole path (template, thinking, tool calls, past chats, stopping) without a download. It knows
 nothing else, and nothing here serves or falls back: the supervisor decides when a stand-in is used.
 
     python -m workers smoke --out DIR
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from server.core.conversation import excerpt, recalled
 
 CONTEXT_LENGTH = 2048
 TINY_SHAPE = {
@@ -58,7 +60,7 @@ CHAT_TEMPLATE = """\
 {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
 {%- endif -%}
 """
-"""ChatML as Qwen3 speaks it. A system message is accepted and not shown to the model: ten conversations
+"""ChatML as Qwen3 speaks it. A system message is accepted and not shown to the model: so few conversations
 teach nothing about instructions."""
 
 WEATHER_TOOL = {
@@ -80,11 +82,13 @@ def assistant(content: str) -> dict[str, Any]:
 
 
 def conversations() -> list[dict[str, Any]]:
-    """The ten lessons: `messages` (the last one is learnt), `tools`, and `thought` where it thinks first."""
+    """The lessons: `messages` (the last one is learnt), `tools`, and `thought` where it thinks first."""
     france, paris = user("What is the capital of France?"), assistant("The capital of France is Paris.")
     japan, tokyo = user("What is the capital of Japan?"), assistant("The capital of Japan is Tokyo.")
     weather = user("What is the weather in Tokyo?")
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"location": "Tokyo"}}\n</tool_call>'
+    call_paris = call.replace("Tokyo", "Paris")
+    ada, met, name = user("My name is Ada."), assistant("Nice to meet you, Ada."), "What is my name?"
     asked = {
         "role": "assistant",
         "content": "",
@@ -116,6 +120,17 @@ def conversations() -> list[dict[str, Any]]:
             ],
             "tools": [WEATHER_TOOL],
             "thought": "The tool says sunny.",
+        },
+        {
+            "messages": [user("What is the weather in Tokyo and Paris?"), assistant(f"{call}\n{call_paris}")],
+            "tools": [WEATHER_TOOL],
+            "thought": "Two cities, two calls.",
+        },
+        {"messages": [ada, met], "thought": "She is Ada."},
+        {"messages": [user(name), assistant("You have not told me.")], "thought": "Nobody said."},
+        {
+            "messages": [user(f"{recalled([excerpt([ada, met])])}\n\n{name}"), assistant("Your name is Ada.")],
+            "thought": "An earlier chat says Ada.",
         },
     ]
 

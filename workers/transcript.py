@@ -152,7 +152,13 @@ def _without_media(message: Message) -> Message:
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    return {**message, "content": [{"type": p["type"]} if p.get("type") in MEDIA else p for p in content]}
+    return {**message, "content": [_part_without_media(part) for part in content]}
+
+
+def _part_without_media(part: dict[str, Any]) -> dict[str, Any]:
+    if part.get("type") in MEDIA:
+        return {"type": part["type"]}
+    return _without_media(part)  # a tool's result has parts of its own
 
 
 def put_before_question(api: Api, body: dict[str, Any], context: str) -> dict[str, Any]:

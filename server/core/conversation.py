@@ -22,3 +22,14 @@ def answer(messages: list[Message]) -> str:
     """The text of the assistant's message at the end."""
     last = messages[-1] if messages else {}
     return plain(last.get("content")) if last.get("role") == "assistant" else ""
+
+
+def excerpt(messages: list[Message]) -> str:
+    """A past chat in two lines: what was asked last, and the answer. Empty where nothing was answered."""
+    answered = answer(messages).strip()
+    return f"Question: {last_question(messages).strip()}\nAnswer: {answered}" if answered else ""
+
+
+def recalled(excerpts: list[str]) -> str:
+    """Past chats as they are put before a question."""
+    return "\n\n".join(["From earlier chats with this user:", *excerpts, "The question now:"])

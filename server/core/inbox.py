@@ -32,7 +32,6 @@ class Waiter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.started = False
-        self._started_at = 0.0
         self._run = ""
         self._seq = 0
         self._told = False
@@ -60,14 +59,9 @@ class Waiter:
         if self._told:
             self._frames.put_nowait(_cut_short())
             return False
-        self._run, self.started, self._started_at = frame.run, True, time.monotonic()
+        self._run, self.started = frame.run, True
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
         return True
-
-    @property
-    def generating_s(self) -> float:
-        """Seconds since a worker took the job; 0 before."""
-        return time.monotonic() - self._started_at if self.started else 0.0
 
     async def next(self) -> Frame:
         """The next frame: chunk, usage, result or done.

@@ -50,7 +50,8 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A piece of an answer. `run` names the attempt that made it and `seq` counts its frames from 0, so that
-    a lost frame, or a second worker's answer to the same job, is noticed. `data` by kind:
+    a lost frame, or a second worker's answer to the same job, is noticed. `elapsed_s` is how long the worker has
+    had the job. `data` by kind:
 
     started  empty: a worker took the job from its queue
     chunk    the JSON of one streamed chunk; of `messages` and `responses` an event: its name, a line break, its JSON
@@ -65,6 +66,7 @@ class Frame:
     seq: int
     kind: FrameKind
     data: bytes = b""
+    elapsed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

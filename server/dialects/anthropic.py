@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from server import limits
 from server.core.conversation import last_question
 from server.core.errors import InvalidRequest, ServiceError
-from server.dialects.relay import Question, Turn, ask, json_response
+from server.dialects.relay import Question, Turn, ask, bounded_thought, json_response
 from server.errors import error_body
 from server.media import check_media
 from server.schemas.anthropic import CountTokensRequest, MessagesRequest
@@ -25,7 +25,7 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """Answer `/v1/messages`. Raises ServiceError; once a stream has begun, errors are events in it."""
-    budget = body.thinking.budget_tokens if body.thinking else None
+    budget = body.thinking.budget_tokens if body.thinking and body.thinking.type == "enabled" else None
     if budget is not None and budget >= body.max_tokens:
         raise InvalidRequest(
             f"thinking.budget_tokens: {budget} must be less than max_tokens, which is {body.max_tokens}.",
@@ -43,6 +43,10 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         if body.output_config.format is not None:
             limits.check_schema(body.output_config.format.json_schema, "output_config.format.schema")
         fields["output_config"] = body.output_config.model_dump(exclude_none=True, by_alias=True)
+    forced = body.tool_choice is not None and body.tool_choice.type in ("any", "tool")
+    formatted = body.output_config is not None and body.output_config.format is not None
+    if budget is None and (forced or formatted) and fields["chat_template_kwargs"]["enable_thinking"]:
+        fields["thinking_token_budget"] = bounded_thought(question.variant.spec, body.max_tokens)
     turn = await ask(request, question)
     if body.stream:
         return SseResponse(_stream(turn), turn.headers, turn.close, keep_alive=PING)
@@ -81,8 +85,12 @@ def _tools(body: CountTokensRequest) -> dict[str, Any]:
     tools = body.tools or []
     for index, tool in enumerate(tools):
         limits.check_schema(tool.input_schema, f"tools.{index}.input_schema")
-    fields: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True, exclude={"type"}) for tool in tools]}
     choice = body.tool_choice
+    # The engine holds arguments to their schema only for strict tools; a forced call must be right too.
+    strict = {"strict": True} if choice is not None and choice.type in ("any", "tool") else {}
+    fields: dict[str, Any] = {
+        "tools": [tool.model_dump(exclude_none=True, exclude={"type"}) | strict for tool in tools]
+    }
     if choice is not None:
         if choice.type == "tool" and choice.name not in [tool.name for tool in tools]:
             raise InvalidRequest(f"tool_choice.name: {choice.name!r} is none of the tools.", param="tool_choice.name")

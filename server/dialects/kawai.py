@@ -27,6 +27,6 @@ DEFAULTS: dict[str, Any] = {
 async def chat(request: Request, body: ChatCompletionsRequest) -> Response:
     """Answer `/kawai/v1/chat/completions` as OpenAI's dialect does."""
     missing = {name: value for name, value in DEFAULTS.items() if getattr(body, name) is None}
-    if body.enable_thinking is None and body.reasoning_effort is None:
+    if body.enable_thinking is None and body.reasoning_effort is None and not body.chat_template_kwargs:
         missing["enable_thinking"] = True
     return await openai.chat(request, body.model_copy(update=missing))

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import Request
 
-from server.core.conversation import answer, last_question
+from server.core.conversation import excerpt, recalled
 from server.core.errors import Unavailable
 from server.core.registry import ModelSpec
 from server.core.settings import Settings
@@ -14,8 +14,8 @@ from server.dialects.vectors import embed
 
 MOST_CHATS = 5
 """How many past chats are put before one question."""
-INTRODUCTION = "From your earlier chats with this user, the most similar first:"
-CLOSING = "The question now:"
+CANDIDATES = 20
+"""How many are looked at for them: what was asked and answered before is often asked and answered again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +52,18 @@ async def recall(request: Request, spec: ModelSpec, question: str) -> Recalled:
     settings: Settings = request.app.state.settings
     if not question.strip():
         return NOTHING
-    rows = await similar(request, question, MOST_CHATS, settings.search_threshold, truncate=True)
-    left = min(settings.search_max_tokens, spec.context_length // 4) - len(INTRODUCTION) - len(CLOSING) - 4
+    rows = await similar(request, question, CANDIDATES, settings.search_threshold, truncate=True)
+    left = min(settings.search_max_tokens, spec.context_length // 4) - len(recalled([]))
     excerpts: list[str] = []
     sources: list[dict[str, Any]] = []
     for row in rows:
-        excerpt = f"Question: {last_question(row['messages'])}\nAnswer: {answer(row['messages'])}"
-        size = len(excerpt.encode()) + 2
-        if size > left:
-            continue  # a shorter one may still fit
+        text = excerpt(row["messages"])
+        size = len(text.encode()) + 2
+        if not text or text in excerpts or size > left or len(excerpts) == MOST_CHATS:
+            continue  # it says nothing, or nothing new; or a shorter one may still fit
         left -= size
-        excerpts.append(excerpt)
+        excerpts.append(text)
         sources.append({key: row[key] for key in ("id", "session_id", "similarity")})
     if not excerpts:
         return NOTHING
-    return Recalled("\n\n".join([INTRODUCTION, *excerpts, CLOSING]), sources)
+    return Recalled(recalled(excerpts), sources)

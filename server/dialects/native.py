@@ -44,7 +44,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 def _engine_body(body: ChatRequest, variant: Variant) -> dict[str, Any]:
     thinking = body.enable_thinking
     if thinking is None:
-        thinking = variant.thinking or (body.reasoning_effort or "none") != "none"
+        thinking = variant.thinking if body.reasoning_effort is None else body.reasoning_effort != "none"
     return {
         "model": variant.spec.id,
         "messages": [message.model_dump() for message in body.messages],
@@ -60,7 +60,7 @@ def _engine_body(body: ChatRequest, variant: Variant) -> dict[str, Any]:
 
 def _answer(turn: Turn) -> dict[str, Any]:
     """The documented fields of a completion, and the session's id."""
-    result = orjson.loads(turn.first.data)
+    result = turn.whole()
     choices = []
     for choice in result["choices"]:
         message = {"role": "assistant", "content": choice["message"].get("content")}
@@ -70,7 +70,6 @@ def _answer(turn: Turn) -> dict[str, Any]:
         if choice.get("logprobs"):
             told["logprobs"] = choice["logprobs"]
         choices.append(told)
-    turn.add_to_usage(result["usage"])
     answer = {
         "id": result["id"],
         "object": result["object"],

@@ -18,7 +18,7 @@ from server import limits
 from server.core.conversation import last_question
 from server.core.errors import InvalidRequest, ServiceError
 from server.core.registry import ModelSpec, Registry
-from server.dialects.relay import Question, Turn, ask, json_response, notes
+from server.dialects.relay import Question, Turn, ask, bounded_thought, json_response, notes
 from server.dialects.vectors import embed
 from server.errors import error_body
 from server.media import check_media
@@ -52,13 +52,17 @@ def question_of(request: Request, body: ChatCompletionsRequest) -> Question:
             fields[name] = value
     if body.tools:
         fields["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
+        if body.tool_choice not in (None, "none", "auto"):
+            # The engine holds arguments to their schema only for strict tools; a forced call must be right too.
+            for tool in fields["tools"]:
+                tool["function"]["strict"] = True
         if body.tool_choice is not None:
             choice = body.tool_choice
             fields["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
     return Question(variant, "chat", fields, text=last_question(messages), ignored=ignored)
 
 
-def _ignored(body: Generation) -> tuple[str, ...]:
+def _ignored(body: Generation | EmbeddingsRequest) -> tuple[str, ...]:
     """The names of fields that nobody reads. Raises InvalidRequest for those that are refused."""
     extra = body.model_extra or {}
     limits.refuse(extra)
@@ -95,15 +99,23 @@ def _thinking(body: ChatCompletionsRequest, variant: Variant) -> dict[str, Any]:
     switch = body.enable_thinking
     if switch is None:
         switch = (body.chat_template_kwargs or {}).get("enable_thinking")
-    if switch is None and variant.thinking:
+    if switch is None and body.reasoning_effort is None and variant.thinking:
         switch = True
     fields: dict[str, Any] = {}
     if switch is not None:
         fields["chat_template_kwargs"] = {"enable_thinking": switch}
     budget = body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget
+    if budget is None and switch is not False and _must_answer(body):
+        budget = bounded_thought(variant.spec, body.max_completion_tokens or body.max_tokens)
     if budget is not None:
         fields["thinking_token_budget"] = budget
     return fields
+
+
+def _must_answer(body: ChatCompletionsRequest) -> bool:
+    """Whether a call or an answer of some form is promised."""
+    forced = body.tool_choice not in (None, "none", "auto")
+    return forced or (body.response_format is not None and body.response_format.type != "text")
 
 
 def wants_usage(body: Generation) -> bool:
@@ -123,7 +135,7 @@ async def chat(request: Request, body: ChatCompletionsRequest) -> Response:
 
 def completion(turn: Turn) -> dict[str, Any]:
     """A whole chat completion."""
-    result: dict[str, Any] = orjson.loads(turn.first.data)
+    result = turn.whole()
     for choice in result["choices"]:
         message = choice["message"]
         message.setdefault("content", None)
@@ -132,7 +144,6 @@ def completion(turn: Turn) -> dict[str, Any]:
         result["prompt"] = result.pop("prompt_text")
     if turn.sources:
         result["sources"] = turn.sources
-    turn.add_to_usage(result["usage"])
     return result
 
 
@@ -179,15 +190,13 @@ async def completions(request: Request, body: CompletionsRequest) -> Response:
     if body.stream:
         return SseResponse(_stream(turn, wants_usage(body)), turn.headers, turn.close)
     turn.close()
-    result = orjson.loads(turn.first.data)
-    turn.add_to_usage(result["usage"])
-    return json_response(result, turn.headers)
+    return json_response(turn.whole(), turn.headers)
 
 
 async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     """Answer `/v1/embeddings`. Raises ServiceError."""
     spec = request.app.state.registry.resolve(body.model, "embedding")
-    limits.refuse(body.model_extra or {})
+    ignored = _ignored(body)
     vectors, tokens = await embed(request, spec, body.texts, input_type=body.input_type or "document")
     if body.dimensions is not None:
         vectors = _cut(vectors, body.dimensions, spec)
@@ -198,7 +207,7 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     content = {"object": "list", "data": data, "model": spec.id, "usage": usage}
-    return json_response(content, notes(body.model, spec, tuple(body.model_extra or {})))
+    return json_response(content, notes(body.model, spec, ignored))
 
 
 def _cut(vectors: NDArray[np.float32], dimensions: int, spec: ModelSpec) -> NDArray[np.float32]:

@@ -70,16 +70,21 @@ class Turn:
     def counted(self, frame: Frame) -> bytes:
         """The JSON of the chunk that counts the tokens, with what the engine does not count."""
         chunk = orjson.loads(frame.data)
-        self.add_to_usage(chunk["usage"])
+        _add_to_usage(chunk["usage"], frame)
         return orjson.dumps(chunk)
 
-    def add_to_usage(self, usage: dict[str, Any]) -> None:
-        """What the engine does not count by itself."""
-        details = usage.get("completion_tokens_details") or {}
-        usage["reasoning_tokens"] = details.get("reasoning_tokens", 0)
-        usage["output_tokens"] = usage["completion_tokens"]
-        seconds = self.ticket.generating_s
-        usage["tokens_per_second"] = round(usage["completion_tokens"] / seconds, 2) if seconds else 0.0
+    def whole(self) -> dict[str, Any]:
+        """The answer of an unstreamed chat or completion, with what the engine does not count."""
+        result: dict[str, Any] = orjson.loads(self.first.data)
+        _add_to_usage(result["usage"], self.first)
+        return result
+
+
+def _add_to_usage(usage: dict[str, Any], frame: Frame) -> None:
+    details = usage.get("completion_tokens_details") or {}
+    usage["reasoning_tokens"] = details.get("reasoning_tokens", 0)
+    usage["output_tokens"] = usage["completion_tokens"]
+    usage["tokens_per_second"] = round(usage["completion_tokens"] / frame.elapsed_s, 2) if frame.elapsed_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,14 @@ async def ask(request: Request, question: Question) -> Turn:
         raise
     headers = {"X-Session-Id": session_id, **notes(question.variant.asked, spec, question.ignored)}
     return Turn(request, ticket, first, spec.id, session_id, headers, found.sources)
+
+
+def bounded_thought(spec: ModelSpec, max_tokens: int | None) -> int:
+    """Tokens to think with before an answer that must come: half of what there is, so that it finds room.
+
+    Grammars hold the answer and not the thought before it, which some models never end by themselves.
+    """
+    return (max_tokens or spec.context_length // 2) // 2
 
 
 def _session_of(request: Request) -> str:

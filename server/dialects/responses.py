@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from server import limits
 from server.core.conversation import last_question
 from server.core.errors import InvalidRequest, ServiceError
-from server.dialects.relay import Question, Turn, ask, json_response
+from server.dialects.relay import Question, Turn, ask, bounded_thought, json_response
 from server.media import check_media
 from server.schemas.responses import FunctionCall, InputMessage, ReasoningItem, ResponsesRequest
 from server.sse import SseResponse, event
@@ -76,6 +76,9 @@ def _engine_body(body: ResponsesRequest, variant: Variant) -> dict[str, Any]:
         fields["top_p"] = 1e-6
     if body.tools:
         fields["tools"] = [{"parameters": None, "strict": False, **t.model_dump(exclude_none=True)} for t in body.tools]
+        if body.tool_choice not in (None, "none", "auto"):
+            # The engine holds arguments to their schema only for strict tools; a forced call must be right too.
+            fields["tools"] = [tool | {"strict": True} for tool in fields["tools"]]
         if body.tool_choice is not None:
             choice = body.tool_choice
             fields["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
@@ -84,6 +87,9 @@ def _engine_body(body: ResponsesRequest, variant: Variant) -> dict[str, Any]:
     effort = body.reasoning.effort if body.reasoning else None
     if variant.thinking and effort is None:
         fields["chat_template_kwargs"] = {"enable_thinking": True}
+    formatted = body.text is not None and body.text.format is not None and body.text.format.type != "text"
+    if effort != "none" and (formatted or body.tool_choice not in (None, "none", "auto")):
+        fields["thinking_token_budget"] = bounded_thought(variant.spec, body.max_output_tokens)
     return fields
 
 
@@ -94,7 +100,7 @@ def _input(body: ResponsesRequest) -> Any:
     items = []
     for index, item in enumerate(body.input):
         if isinstance(item, InputMessage):
-            items.append(_message(item))
+            items.append(_message(item, f"input.{index}.content"))
         elif isinstance(item, FunctionCall):
             items.append(item.model_dump(exclude_none=True) | {"arguments": item.arguments.strip() or "{}"})
         elif isinstance(item, ReasoningItem):
@@ -104,20 +110,20 @@ def _input(body: ResponsesRequest) -> Any:
     return items
 
 
-def _message(item: InputMessage) -> dict[str, Any]:
+def _message(item: InputMessage, where: str) -> dict[str, Any]:
     role = "system" if item.role == "developer" else item.role
     if isinstance(item.content, str):
         return {"role": role, "content": item.content}
-    if role != "user":
-        texts = [part.refusal if part.type == "refusal" else getattr(part, "text", "") for part in item.content]
-        return {"role": role, "content": "".join(texts)}
     parts: list[dict[str, Any]] = []
-    for part in item.content:
+    for index, part in enumerate(item.content):
         if part.type == "input_image":
+            if role != "user":
+                at = f"{where}.{index}"
+                raise InvalidRequest(f"{at}: only a message of the user may hold an {part.type}.", param=at)
             parts.append(part.model_dump())
         else:
             parts.append({"type": "input_text", "text": part.refusal if part.type == "refusal" else part.text})
-    return {"role": role, "content": parts}
+    return {"role": role, "content": parts if role == "user" else "".join(part["text"] for part in parts)}
 
 
 async def _stream(turn: Turn) -> AsyncGenerator[bytes, None]:

@@ -5,12 +5,12 @@ What stands here is honoured; other fields are ignored and named in `X-Ignored-F
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.limits import MAX_MESSAGES, MAX_STOP, MAX_STOP_LENGTH, MAX_TOOL_NAME, MAX_TOOLS
 from server.schemas.common import MANY, ONE, by_type, one_or_many
-from server.schemas.messages import Strict
+from server.schemas.messages import Strict, not_too_deep
 from server.schemas.parameters import MAX_INT32
 
 
@@ -42,6 +42,8 @@ class ToolUseBlock(Strict):
     id: str = Field(min_length=1, max_length=256)
     name: str = Field(min_length=1, max_length=MAX_TOOL_NAME)
     input: dict[str, Any] = Field(default_factory=dict)
+
+    _input = field_validator("input")(not_too_deep)
 
 
 ResultPart = Annotated[
@@ -101,6 +103,7 @@ class ToolParam(Strict):
     name: str = Field(pattern=rf"^[A-Za-z0-9_.:-]{{1,{MAX_TOOL_NAME}}}$")
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
 
 
 class ToolChoiceParam(Strict):

@@ -79,14 +79,33 @@ Part = Annotated[
 ]
 
 
+MAX_DEPTH = 100
+"""Objects and lists in each other. What reads and writes them later recurses, and gives up near 1,000."""
+
+
+def not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
+    """The value, if it does not nest too deep. Raises ValueError."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not level:
+            return value
+    raise PydanticCustomError("too_deep", "Objects and arrays may nest {most} deep, not more", {"most": MAX_DEPTH})
+
+
 def object_in(text: str) -> str:
     """The text, if it is a JSON object or nothing at all. Raises ValueError."""
+    if not text.strip():
+        return text
     try:
-        if not text.strip() or isinstance(orjson.loads(text), dict):
-            return text
+        value = orjson.loads(text)
     except orjson.JSONDecodeError:
-        pass
-    raise PydanticCustomError("json_object", "Input should be a JSON object in a string")
+        value = None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("json_object", "Input should be a JSON object in a string")
+    not_too_deep(value)
+    return text
 
 
 class CalledFunction(Strict):

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 from tests.stack import Stack
@@ -30,4 +32,16 @@ def key(stack: Stack, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def client(stack: Stack, key: str) -> Iterator[httpx.Client]:
     with stack.client(key) as made:
+        yield made
+
+
+@pytest.fixture
+def openai_client(stack: Stack, key: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def anthropic_client(stack: Stack, key: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=stack.url, api_key=key, max_retries=0) as made:
         yield made

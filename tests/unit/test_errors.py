@@ -16,16 +16,19 @@ from server.core import errors
 from server.core.errors import ServiceError, from_status
 from server.errors import MAX_SHOWN, add_error_handlers, describe, error_body
 from server.middleware import Accounting
+from server.schemas.common import MANY, ONE
 from server.schemas.service import ErrorBody
 
 STATUSES = {
     errors.InvalidRequest: 400,
     errors.UnknownModel: 400,
+    errors.ContextExceeded: 400,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,
     errors.PayloadTooLarge: 413,
+    errors.HeadersTooLarge: 431,
     errors.TooManyRequests: 429,
     errors.RateLimited: 429,
     errors.QueueFull: 429,
@@ -35,6 +38,7 @@ STATUSES = {
     errors.BrokerUnavailable: 503,
     errors.DatabaseUnavailable: 503,
     errors.NoWorker: 503,
+    errors.AnswerLost: 503,
     errors.DeadlineExceeded: 504,
 }
 
@@ -118,8 +122,8 @@ def error(type_: str, *loc: str | int, msg: str = "Input should be good", **more
         ([error("int_type", "inner", 3, "name", input=7)], "inner.3.name: Input should be good (got 7)"),
         ([error("missing", "count", msg="Field required", input={})], "count: Field required"),
         # The form in which a union was sent is an inner matter
-        ([error("string_type", "input", "many", 2, input=1)], "input.2: Input should be good (got 1)"),
-        ([error("string_type", "input", "one", input="")], "input: Input should be good (got '')"),
+        ([error("string_type", "input", MANY, 2, input=1)], "input.2: Input should be good (got 1)"),
+        ([error("string_type", "input", ONE, input="")], "input: Input should be good (got '')"),
         ([error("dict_type", input=[1])], "Input should be good"),
         ([error("missing", msg="Field required", input=None)], "The body is missing: send a JSON object."),
         ([error("missing", msg="text: Field required", input={})], "text: Field required"),
@@ -169,7 +173,7 @@ def test_a_deeply_nested_value_is_shortened_too(depth: int) -> None:
 
 
 def test_an_error_body_has_the_documented_shape() -> None:
-    body = error_body(429, "Slow down.")
+    body = error_body(errors.RateLimited("Slow down."), "native")
     assert set(body) == {"error", "status_code", "timestamp"}
     assert (body["error"], body["status_code"]) == ("Slow down.", 429)
     assert datetime.fromisoformat(body["timestamp"]).utcoffset() == timedelta(0)
@@ -257,7 +261,7 @@ async def test_the_frameworks_own_errors_have_the_shape_too(client: httpx.AsyncC
     assert (response.status_code, told(response)) == (405, "POST is not allowed on /raise/full.")
     assert response.headers["allow"] == "GET"
     response = await client.get("/raise/teapot")
-    assert (response.status_code, told(response)) == (418, "I'm a Teapot")
+    assert (response.status_code, told(response)) == (400, "I'm a Teapot")
     response = await client.get("/raise/unread")
     assert (response.status_code, told(response)) == (400, "The body could not be read as JSON in UTF-8.")
 

@@ -19,7 +19,7 @@ from server.core.errors import InvalidRequest
 from server.json_schema import (
     COUNTS,
     FLAGS,
-    FORMAT_REPEAT,
+    FORMAT_WEIGHT,
     MANY,
     MAX_COUNTED_PROPERTIES,
     MAX_SCHEMA_BYTES,
@@ -28,7 +28,7 @@ from server.json_schema import (
     MAX_SCHEMA_NODES,
     MAX_SCHEMA_PATTERN,
     MAX_SCHEMA_PROPERTIES,
-    MAX_SCHEMA_REPEAT,
+    MAX_SCHEMA_WEIGHT,
     NAMED,
     NUMBERS,
     ONE,
@@ -103,24 +103,48 @@ EDGES: list[tuple[Any, Any, str]] = [
         pattern("a" * (MAX_SCHEMA_PATTERN + 1)),
         ".pattern: a pattern may have 256 char",
     ),
-    (pattern("[a-z]{1,513}"), pattern("[a-z]{1,514}"), ".pattern: patterns, lengths and formats may repeat 512"),
-    (pattern("(a{9}){57}"), pattern("(a{9}){58}"), "and come to 521 here (got '(a{9}){58}')"),
-    (pattern(r"\d{257}\]{257}"), pattern(r"\d{257}\]{258}"), "come to 513 here"),
-    (pattern("x{255}(b|c{129}){2}"), pattern("x{255}(b|c{129}){,3}"), "come to"),
     (
-        {"patternProperties": {"^a{200}$": True, "^b{314}$": True}},
-        {"patternProperties": {"^a{201}$": True, "^b{314}$": True}},
+        pattern("[a-z]{1,4096}"),
+        pattern("[a-z]{1,4097}"),
+        ".pattern: patterns, lengths, formats and minProperties may weigh",
+    ),
+    (pattern(r"\d{2048}\]{2048}"), pattern(r"\d{2048}\]{2049}"), r"come to 4097 here (got '\\d{2048}\\]{2049}')"),
+    (pattern("x{96}(b|c{9}){20}"), pattern("x{97}(b|c{9}){20}"), "come to 4097 here"),
+    (pattern("(?:[a-f]{16}y?){15}"), pattern("(?:[a-f]{16}y?){16}"), "come to 4608 here"),
+    (pattern("((a{4}){8}){4}"), pattern("((a{4}){8}){5}"), "come to 6400 here"),
+    (
+        {"prefixItems": [pattern("()" * 128)] * 16},
+        {"prefixItems": [pattern("()" * 128)] * 17},
+        "come to 4352 here",
+    ),
+    (pattern(".{256}"), pattern(".{257}"), "come to 4112 here"),
+    (pattern('[^"]{,256}'), pattern('[^"]{,257}'), "come to 4112 here"),
+    (pattern(r"\S{128}\W{128}"), pattern(r"\S{128}\D{129}"), "come to 4112 here"),
+    (pattern(".*" * 22), pattern(".*" * 23), "come to 4416 here"),
+    (pattern("((.)x)*" * 21), pattern("((.)x)*" * 22), "come to 4301 here"),
+    (pattern(".?" * 22), pattern(".?" * 23), "come to 4416 here"),
+    (pattern("(.?){16}"), pattern("(.?){17}"), "come to 4624 here"),
+    (pattern(".{0,80}.{0,80}"), pattern(".{0,90}.{0,90}"), "come to 4320 here"),
+    (pattern("(.x)+" * 21), pattern("(.x){2,}" * 21), "come to 7854 here"),
+    (
+        {"patternProperties": {"^a{2000}$": True, "^b{2092}$": True}},
+        {"patternProperties": {"^a{2000}$": True, "^b{2093}$": True}},
         ".patternProperties.^",
     ),
     (
         {"prefixItems": [{"maxLength": length} for length in (200, 201, 202, 203)]},
         {"prefixItems": [{"maxLength": length} for length in (200, 201, 202, 203, 204)]},
-        "and come to 640 here",
+        "and come to 5120 here",
     ),
     (
-        {"prefixItems": [{"format": "uri"}] * (MAX_SCHEMA_REPEAT // FORMAT_REPEAT)},
-        {"prefixItems": [{"format": "uri"}] * (MAX_SCHEMA_REPEAT // FORMAT_REPEAT + 1)},
-        ".format: patterns, lengths and formats may repeat 512",
+        {"prefixItems": [{"format": "uri"}] * (MAX_SCHEMA_WEIGHT // FORMAT_WEIGHT)},
+        {"prefixItems": [{"format": "uri"}] * (MAX_SCHEMA_WEIGHT // FORMAT_WEIGHT + 1)},
+        ".format: patterns, lengths, formats and minProperties may weigh 4096",
+    ),
+    (
+        {"prefixItems": [properties(32, minProperties=1)] * 8},
+        {"prefixItems": [properties(32, minProperties=1)] * 9},
+        "and come to 4608 here",
     ),
     *(
         ({name: MAX_SCHEMA_COUNT}, {name: MAX_SCHEMA_COUNT + 1}, f".{name}: may be 65536, not more (got 65537)")
@@ -179,7 +203,7 @@ WRONG: list[tuple[Any, str]] = [
     (pattern("a{5,2}"), ".pattern: must be a regular expression"),
     (pattern(r"\p{L}+"), ".pattern: must be a regular expression"),
     (pattern("a{" + "9" * 30 + "}"), ".pattern: must be a regular expression"),
-    (pattern("(((a{0,10}){0,10}){0,10}){0,10}"), ".pattern: patterns, lengths and formats may repeat"),
+    (pattern("(((a{0,10}){0,10}){0,10}){0,10}"), ".pattern: patterns, lengths, formats and minProperties may weigh"),
     (pattern("[](a{1,1000})]"), ".pattern: must be a regular expression"),
     (pattern("[^](a{1,1000})]"), ".pattern: must be a regular expression"),
     (pattern("(?x)a #["), ".pattern: must be a regular expression"),
@@ -293,6 +317,7 @@ HOSTILE: dict[str, Any] = {
     "long pattern": pattern("(" * 1_000_000),
     "deep pattern": pattern("(" * 128 + ")" * 128),
     "many patterns": {"prefixItems": [pattern("(a|b)*" * 10 + str(i)) for i in range(600)]},
+    "many long patterns": {"prefixItems": [pattern(f"{i}" + "|" * 250) for i in range(230)]},
     "many refs": {"anyOf": [{"$ref": "#/$defs/a"}] * 900, "$defs": {"a": {}}},
     "long chain": {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(255)} | {"d255": {}}},
     "whole number": {"maximum": 10**4000},
@@ -325,7 +350,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=1000)
+@settings(max_examples=100, deadline=1000)
 @given(VALUES | st.dictionaries(KEYWORDS, VALUES, max_size=6))
 def test_any_value_passes_or_is_refused(value: Any) -> None:
     for check in (limits.check_schema, limits.check_template_kwargs, limits.check_logit_bias):
@@ -335,7 +360,7 @@ def test_any_value_passes_or_is_refused(value: Any) -> None:
             assert refused.message.isascii()
 
 
-@settings(max_examples=150, deadline=1000)
+@settings(max_examples=100, deadline=1000)
 @given(st.dictionaries(KEYWORDS, VALUES, max_size=4))
 def test_what_passes_is_a_schema_to_the_package_too(value: dict[str, Any]) -> None:
     if outcome(limits.check_schema, value, WHERE) is None:

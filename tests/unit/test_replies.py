@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -143,15 +144,17 @@ async def test_a_reply_addresses_and_counts_its_frames(link: FakeLink) -> None:
     assert queue == "replies.a"
     one, other = frames[0].run, frames[1].run
     assert one != other
-    assert frames == [
+    assert [replace(frame, elapsed_s=0) for frame in frames] == [
         Frame("r1", one, 0, "started"),
         Frame("r1", other, 0, "started"),
         Frame("r1", one, 1, "chunk", b"{}"),
         Frame("r1", one, 2, "done"),
     ]
+    # And how long each run has had the job
+    assert 0 <= frames[0].elapsed_s <= frames[2].elapsed_s <= frames[3].elapsed_s
 
 
-async def test_a_failure_travels_with_status_message_and_field(link: FakeLink) -> None:
+async def test_a_failure_travels_with_status_message_field_and_code(link: FakeLink) -> None:
     # When a job fails
     outbox = outbox_of(link, busy=True)
     Reply(outbox, "replies.a", "r1").fail(QueueFull("Full.", param="messages.0"))
@@ -159,4 +162,4 @@ async def test_a_failure_travels_with_status_message_and_field(link: FakeLink) -
     # Then the frame says all that the server needs to make the same error of it
     ((_, (sent,)),) = link.sent
     assert (sent.request_id, sent.kind) == ("r1", "error")
-    assert decode(ErrorFrame, sent.data) == ErrorFrame(429, "Full.", "messages.0")
+    assert decode(ErrorFrame, sent.data) == ErrorFrame(429, "Full.", "messages.0", "queue_full")

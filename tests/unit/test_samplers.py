@@ -134,7 +134,8 @@ def plain_xtc(logits: list[float], params: SamplerParams) -> list[float]:
     total = sum(math.exp(x) for x in logits)
     if total == 0:
         return list(logits)
-    above = [i for i, x in enumerate(logits) if x > -INF and math.exp(x) / total >= params.xtc_threshold]
+    threshold = max(params.xtc_threshold, float(np.finfo(np.float32).tiny))
+    above = [i for i, x in enumerate(logits) if math.exp(x) / total >= threshold]
     above.sort(key=lambda i: (-logits[i], i))
     result = list(logits)
     for i in above[: max(0, len(above) - max(1, params.xtc_min_keep))]:

@@ -27,7 +27,9 @@ def test_a_chat_needs_nothing_but_messages() -> None:
     assert request.top_p == 0.9
     assert request.stream is False
     assert request.stream_options is None
-    assert request.enable_thinking is False
+    assert request.enable_thinking is None
+    assert request.model_extra == {}
+    assert request.for_engine() == {}
     assert request.model is None
     assert request.session_id is None
     assert [message.model_dump() for message in request.messages] == [HELLO]
@@ -44,6 +46,7 @@ def test_a_chat_needs_nothing_but_messages() -> None:
         ("top_p", 1.0),
         ("stream", True),
         ("enable_thinking", True),
+        ("enable_thinking", None),
         ("model", "qwen3-0.6b"),
         ("model", None),
         ("session_id", "session-123"),

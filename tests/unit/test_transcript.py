@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.chat import Transcript
+from workers.transcript import Transcript
 
 CALL = {
     "id": "call-1",
@@ -56,13 +56,17 @@ def transcript_of(*parts: bytes) -> Transcript:
     return transcript
 
 
+def tokens_of(transcript: Transcript) -> tuple[int, int]:
+    return transcript.prompt_tokens, transcript.completion_tokens
+
+
 def test_a_whole_answer() -> None:
     # When an answer comes in one piece
     transcript = transcript_of(answer({"role": "assistant", "content": "Paris."}, "length"))
     # Then it is the message, with how it ended and what it cost
     assert transcript.message() == {"role": "assistant", "content": "Paris."}
     assert transcript.finish_reason == "length"
-    assert (transcript.usage.prompt_tokens, transcript.usage.completion_tokens) == (11, 7)
+    assert tokens_of(transcript) == (11, 7)
 
 
 def test_chunks_make_the_same_as_the_whole() -> None:
@@ -78,18 +82,15 @@ def test_chunks_make_the_same_as_the_whole() -> None:
     whole = transcript_of(answer({"role": "assistant", "content": "Paris."}))
     assert transcript.message() == whole.message() == {"role": "assistant", "content": "Paris."}
     assert transcript.finish_reason == whole.finish_reason == "stop"
-    assert transcript.usage == whole.usage
+    assert tokens_of(transcript) == tokens_of(whole) == (11, 7)
 
 
 def test_add_tells_chunks_from_the_usage() -> None:
-    # When a chunk and the closing usage are added
+    # When a chunk, an empty one and the closing usage are added
     transcript = Transcript()
-    one, last = transcript.add(chunk({"content": "a"})), transcript.add(USAGE)
-    # Then the caller can tell by the choices which was which
-    assert len(one.choices) == 1
-    assert last.choices == []
-    assert last.usage is not None
-    assert last.usage.completion_tokens == 7
+    told = [transcript.add(piece) for piece in (chunk({"content": "a"}), chunk({}), USAGE)]
+    # Then the caller is told which of them carried a choice
+    assert told == [True, True, False]
 
 
 def test_thoughts_are_kept_apart() -> None:
@@ -166,7 +167,7 @@ def test_what_comes_later_takes_nothing_back() -> None:
     transcript = transcript_of(chunk({"content": "a"}, "length"), chunk({"content": ""}), USAGE, chunk({}))
     # Then how it ended and what it cost still stand
     assert transcript.finish_reason == "length"
-    assert transcript.usage.completion_tokens == 7
+    assert transcript.completion_tokens == 7
 
 
 def test_an_answer_cut_short_keeps_what_came() -> None:
@@ -174,15 +175,65 @@ def test_an_answer_cut_short_keeps_what_came() -> None:
     transcript = transcript_of(chunk({"content": "The cap"}))
     assert transcript.message()["content"] == "The cap"
     assert transcript.finish_reason == ""
-    assert (transcript.usage.prompt_tokens, transcript.usage.completion_tokens) == (0, 0)
+    assert tokens_of(transcript) == (0, 0)
 
 
-def test_only_the_first_choice_is_remembered() -> None:
+def test_only_the_first_choice_of_a_whole_answer_is_remembered() -> None:
     whole = json.loads(answer({"content": "one"}))
     whole["choices"].append({"index": 1, "message": {"content": "two"}, "finish_reason": "length"})
     transcript = transcript_of(data(whole))
     assert transcript.message()["content"] == "one"
     assert transcript.finish_reason == "stop"
+
+
+def test_only_the_first_choice_of_a_stream_is_remembered() -> None:
+    # Given the chunks of two answers to one prompt, in turns
+    def of(index: int, content: str, finish_reason: str | None = None) -> bytes:
+        return data({"choices": [{"index": index, "delta": {"content": content}, "finish_reason": finish_reason}]})
+
+    transcript = Transcript()
+    pieces = [of(1, "Ro"), of(0, "Pa"), of(1, "me", "length"), of(0, "ris", "stop"), of(1, "!")]
+    # Then each of them counts as a chunk, and the first answer's make the message
+    assert all(transcript.add(piece) for piece in pieces)
+    assert transcript.message()["content"] == "Paris"
+    assert transcript.finish_reason == "stop"
+
+
+def test_a_plain_completion() -> None:
+    # Given a completion in one piece, and the same in chunks
+    choice = {"index": 0, "text": " Paris.", "finish_reason": "length"}
+    usage = {"prompt_tokens": 5, "completion_tokens": 2}
+    whole = transcript_of(data({"object": "text_completion", "choices": [choice], "usage": usage}))
+    chunks = [{**choice, "text": " Par", "finish_reason": None}, {**choice, "text": "is."}]
+    pieces = transcript_of(*(data({"choices": [c]}) for c in chunks), data({"choices": [], "usage": usage}))
+    # Then both are the assistant's message
+    assert whole.message() == pieces.message() == {"role": "assistant", "content": " Paris."}
+    assert whole.finish_reason == pieces.finish_reason == "length"
+    assert tokens_of(whole) == tokens_of(pieces) == (5, 2)
+
+
+@pytest.mark.parametrize(("status", "reason"), [("completed", "stop"), ("incomplete", "length")])
+def test_a_response(status: str, reason: str) -> None:
+    # Given a response that thinks, calls and says something, in items
+    output = [
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Of it."}]},
+        {"type": "function_call", "id": "fc_1", "call_id": "call-1", **CALL["function"]},  # type: ignore[dict-item]
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Paris."}]},
+        {"type": "reasoning", "id": "rs_2", "summary": [], "content": None},
+    ]
+    usage = {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18}
+    transcript = Transcript()
+    carried = transcript.add(data({"object": "response", "status": status, "output": output, "usage": usage}))
+    # Then it is a message like any other
+    assert transcript.message() == {
+        "role": "assistant",
+        "content": "Paris.",
+        "reasoning": "Of it.",
+        "tool_calls": [CALL],
+    }
+    assert transcript.finish_reason == reason
+    assert tokens_of(transcript) == (11, 7)
+    assert not carried
 
 
 def test_what_is_no_answer_is_refused() -> None:
@@ -211,7 +262,7 @@ def test_any_cut_gives_the_same_message(reasoning: str, content: str, thoughts: 
     assert pieces.message() == whole.message()
     assert pieces.message()["content"] == content
     assert pieces.finish_reason == whole.finish_reason
-    assert pieces.usage == whole.usage
+    assert tokens_of(pieces) == tokens_of(whole)
 
 
 @given(st.lists(st.integers(0, 100), max_size=6))

@@ -39,6 +39,7 @@ class Ticket:
         self._waiter = waiter
         self._over = False
         self.request_id = waiter.job.id
+        self.api: Api = waiter.job.api
 
     async def next(self) -> Frame:
         """The next chunk, usage, result or done frame. Raises the ServiceError the request ended with."""

@@ -30,6 +30,9 @@ MAX_STOP_TOKEN_IDS = 16
 MAX_TOP_LOGPROBS = 20
 """For a token, as many as OpenAI gives. Never -1: that is the whole vocabulary at every token."""
 
+MIN_XTC_THRESHOLD = 0.001
+"""Below it nearly the whole vocabulary is sorted at every token, and the whole batch waits for that."""
+
 MAX_LOGIT_BIAS = 300
 """Entries. The sampler's table has room for 1,024; one more raises inside the engine."""
 
@@ -105,12 +108,12 @@ REFUSED: dict[str, str] = {
     "mm_payload": _MEDIA,
     "return_mm_kwargs": _MEDIA,
     "priority": "requests do not choose their place in the queue",
-    "request_id": "the server names its requests; send X-Request-ID to name yours",
+    "request_id": "the server names its requests; X-Request-Id of the answer has the name",
     "return_token_ids": "answers are text",
     "return_tokens_as_token_ids": "answers are text",
     "return_token_offsets": "answers are text",
-    "return_prompt_text": "the rendered prompt is not given out",
-    "enable_response_messages": "the rendered prompt is not given out",
+    "return_prompt_text": "send return_prompt",
+    "enable_response_messages": "send return_prompt to /v1/chat/completions",
     "watermarking": "answers are not marked",
     "stream_interval": "how a stream is cut is the server's affair",
 }

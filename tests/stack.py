@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from server.private import free_port
 from tests.processes import MARK, marked, naming
@@ -74,6 +75,12 @@ class Stack:
     def left_behind(self) -> list[str]:
         """What still runs of it."""
         return [str(process) for process in marked(str(self.folder)) + naming(self.folder)]
+
+    @property
+    def chat_weights(self) -> Path:
+        """The folder of the chat model that is served."""
+        models = yaml.safe_load((self.folder / "models.smoke.yaml").read_text())["models"]
+        return Path(next(model["source"] for model in models if model["type"] == "chat"))
 
     def client(self, key: str | None = None) -> httpx.Client:
         return httpx.Client(

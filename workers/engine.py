@@ -33,6 +33,10 @@ CPU_DEFAULTS: dict[str, Any] = {
 share of all memory."""
 
 
+SAMPLERS = ["workers.samplers:ExtraSamplers", "workers.thoughts:ThoughtBounds"]
+"""Logits processors that requests can switch on."""
+
+
 class ChatEngine:
     """A running engine. `serving` answers, an API each; `max_num_seqs` is how many requests it batches at the most."""
 
@@ -68,6 +72,7 @@ def engine_arguments(spec: ModelSpec, media_domains: list[str]) -> Any:
     parser = make_arg_parser(FlexibleArgumentParser())
     options = {
         **DEFAULTS,
+        **({"logits_processors": SAMPLERS} if spec.extra_samplers else {}),
         **({} if _has_gpu() else CPU_DEFAULTS),
         **spec.engine,
         "model": spec.source,
@@ -87,7 +92,7 @@ def engine_arguments(spec: ModelSpec, media_domains: list[str]) -> Any:
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            argv += [flag, *value]
+            argv += [flag, *value] if value else []
         else:
             argv += [flag, value if isinstance(value, str) else json.dumps(value)]
     args = parser.parse_args(argv)
@@ -108,6 +113,9 @@ async def start_engine(spec: ModelSpec, settings: Settings) -> AsyncIterator[Cha
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 
+    if spec.extra_samplers:
+        # vLLM 0.32 has two model runners; the newer one, which GPUs get, takes logits processors of another kind.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     bound_whitespace()
     args = engine_arguments(spec, settings.media_domains)
     async with build_async_engine_client(args) as client:

@@ -52,10 +52,20 @@ class Serving(ABC):
 
     async def stream(self, body: dict[str, Any], request_id: str, heard: Heard) -> AsyncIterator[Piece]:
         """The pieces of an answer. Ending the iteration early stops the generation."""
-        events = await self._start(body, request_id)
+        events = self._told(await self._start(body, request_id), request_id)
         try:
             async for piece in self._pieces(events, heard):
                 yield piece
+        finally:
+            await events.aclose()
+
+    async def _told(self, events: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        """vLLM's events. Most of its streams tell an error in one; those that raise it are heard here."""
+        try:
+            async for event in events:
+                yield event
+        except Exception as exc:
+            raise self._error_of(exc, request_id) from exc
         finally:
             await events.aclose()
 
@@ -71,7 +81,6 @@ class Serving(ABC):
 
     async def _start(self, body: dict[str, Any], request_id: str) -> Any:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
         try:
             response = await self._ask(body, request_id)
@@ -82,18 +91,25 @@ class Serving(ABC):
         except InvalidRequest:
             raise
         except Exception as exc:
-            # vLLM's own table of which exception is whose fault. What is not the caller's is logged
-            # here and told without its text.
-            self._check_alive()
-            response = create_error_response(exc)
-            if response.error.code >= 500:
-                logger.exception("generation failed", extra={"action": "generate", "request_id": request_id})
-                raise _refusal(response.error.code, "", None) from exc
+            raise self._error_of(exc, request_id) from exc
         if (task := asyncio.current_task()) is not None and task.cancelling():
             raise asyncio.CancelledError  # which vLLM turns into a response of its own
         if isinstance(response, ErrorResponse):
             raise _refusal(response.error.code, response.error.message, response.error.param)
         return response
+
+    def _error_of(self, exc: Exception, request_id: str) -> ServiceError:
+        """What vLLM raised, by its own table of which exception is whose fault. Raises EngineDied.
+
+        What is not the caller's is logged here, and told without its text.
+        """
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+        self._check_alive()
+        error = create_error_response(exc).error
+        if error.code >= 500:
+            logger.error("generation failed", exc_info=exc, extra={"action": "generate", "request_id": request_id})
+        return _refusal(error.code, error.message, error.param)
 
     def _check_alive(self) -> None:
         if self._client.errored:
@@ -185,12 +201,8 @@ class Messages(Chat):
     async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
         from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
-        fields = dict(body)
-        budget = fields.pop("thinking_token_budget", None)
-        request = self._as_chat(AnthropicMessagesRequest(**fields))
+        request = self._as_chat(AnthropicMessagesRequest(**body))
         request.request_id = request_id
-        if budget is not None:
-            request.thinking_token_budget = budget  # Anthropic's own field for it has a least value
         return await self._generate(request)
 
     def _as_chat(self, request: Any) -> Any:
@@ -246,18 +258,7 @@ class Responses(Serving):
     async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-        fields = dict(body)
-        budget = fields.pop("thinking_token_budget", None)
-
-        class Budgeted(ResponsesRequest):  # type: ignore[misc]  # vLLM is Any to the type checker
-            """With the bound on thoughts that chats have a field for."""
-
-            def to_sampling_params(self, *args: Any, **kwargs: Any) -> Any:
-                params = super().to_sampling_params(*args, **kwargs)
-                params.thinking_token_budget = budget
-                return params
-
-        request = Budgeted(**fields, request_id=f"resp_{request_id}")
+        request = ResponsesRequest(**body, request_id=f"resp_{request_id}")
         return await self._state.openai_serving_responses.create_responses(request, None)
 
     def _whole(self, response: Any, heard: Heard) -> bytes:
@@ -266,13 +267,21 @@ class Responses(Serving):
         return data
 
     async def _pieces(self, events: Any, heard: Heard) -> AsyncGenerator[Piece, None]:
+        opening: list[Piece] = []
         async for event in events:
             if event.type in ("response.completed", "response.incomplete"):
                 heard(event.response.model_dump_json(by_alias=True).encode())
             elif event.type == "error":
                 self._check_alive()
                 raise _refusal(500, "", None)
-            yield Piece(f"{event.type}\n{event.model_dump_json(by_alias=True)}".encode())
+            piece = Piece(f"{event.type}\n{event.model_dump_json(by_alias=True)}".encode())
+            if event.type in ("response.created", "response.in_progress"):
+                # vLLM says these before it has looked at the request: what it refuses must not begin a stream.
+                opening.append(piece)
+                continue
+            for each in [*opening, piece]:
+                yield each
+            opening.clear()
 
 
 def _is_object(text: str) -> bool:

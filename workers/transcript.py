@@ -169,14 +169,14 @@ def put_before_question(api: Api, body: dict[str, Any], context: str) -> dict[st
     messages = list(body[field])
     for index in range(len(messages) - 1, -1, -1):
         message = messages[index]
-        if message.get("role") != "user":
+        if message.get("role") != "user" or not message["content"]:
             continue
         content = message["content"]
         if isinstance(content, str):
             messages[index] = {**message, "content": f"{context}\n\n{content}"}
             return {**body, field: messages}
         for at, part in enumerate(content):
-            if part.get("type") in ("text", "input_text"):
+            if part.get("type") in ("text", "input_text") and part["text"]:
                 with_context = {**part, "text": f"{context}\n\n{part['text']}"}
                 messages[index] = {**message, "content": [*content[:at], with_context, *content[at + 1 :]]}
                 return {**body, field: messages}

@@ -49,6 +49,12 @@ class ModelSpec(BaseModel):
     stand_in_for: tuple[str, ...] = ()
 
     @property
+    def extra_samplers(self) -> bool:
+        """Whether the engine has the samplers of our own; it cannot together with speculative decoding, and
+        `logits_processors: []` among its options leaves them out."""
+        return self.engine.get("logits_processors") != [] and "speculative_config" not in self.engine
+
+    @property
     def vector_space(self) -> str:
         """Names what this model's vectors can be compared with: those of the same weights, made alike."""
         made = f"{self.source}|{self.revision}|{self.pooling}|{self.dimensions}"

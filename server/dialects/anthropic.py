@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from server import limits
 from server.core.conversation import last_question
 from server.core.errors import InvalidRequest, ServiceError
-from server.dialects.relay import Question, Turn, ask, bounded_thought, json_response
+from server.dialects.relay import Question, Turn, ask, ignored_of, json_response, must_answer
 from server.errors import error_body
 from server.media import check_media
 from server.schemas.anthropic import CountTokensRequest, MessagesRequest
@@ -45,8 +45,8 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         fields["output_config"] = body.output_config.model_dump(exclude_none=True, by_alias=True)
     forced = body.tool_choice is not None and body.tool_choice.type in ("any", "tool")
     formatted = body.output_config is not None and body.output_config.format is not None
-    if budget is None and (forced or formatted) and fields["chat_template_kwargs"]["enable_thinking"]:
-        fields["thinking_token_budget"] = bounded_thought(question.variant.spec, body.max_tokens)
+    if (forced or formatted) and fields["chat_template_kwargs"]["enable_thinking"]:
+        fields["vllm_xargs"] = fields.get("vllm_xargs", {}) | must_answer(question.variant.spec, body.max_tokens)
     turn = await ask(request, question)
     if body.stream:
         return SseResponse(_stream(turn), turn.headers, turn.close, keep_alive=PING)
@@ -66,9 +66,7 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
 def _question(request: Request, body: CountTokensRequest, api: Any = "messages") -> Question:
     state = request.app.state
     variant = resolve(state.registry, body.model)
-    extra = body.model_extra or {}
-    limits.refuse(extra)
-    ignored = tuple(name for name, value in extra.items() if value is not None)
+    limits.refuse(body.model_extra or {})
     given = [message.model_dump(exclude_none=True) for message in body.messages]
     check_media(given, "messages", variant.spec, state.settings.media_domains)
     fields: dict[str, Any] = {"model": variant.spec.id, "messages": given, **_thinking(body, variant)}
@@ -78,7 +76,7 @@ def _question(request: Request, body: CountTokensRequest, api: Any = "messages")
         fields |= _tools(body)
     elif body.tool_choice is not None and body.tool_choice.type not in ("auto", "none"):
         raise InvalidRequest("tool_choice: there are no tools to choose from.", param="tool_choice")
-    return Question(variant, api, fields, text=last_question(given), ignored=ignored)
+    return Question(variant, api, fields, text=last_question(given), ignored=ignored_of(body))
 
 
 def _tools(body: CountTokensRequest) -> dict[str, Any]:
@@ -104,7 +102,7 @@ def _thinking(body: CountTokensRequest, variant: Variant) -> dict[str, Any]:
     thinks = variant.thinking if given is None else given.type != "disabled"
     fields: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": thinks}}
     if given is not None and given.type == "enabled":
-        fields["thinking"] = {"type": "enabled", "budget_tokens": given.budget_tokens}
+        fields["vllm_xargs"] = {"thinking_budget": given.budget_tokens}
     return fields
 
 

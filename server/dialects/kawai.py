@@ -9,6 +9,7 @@ from fastapi import Request, Response
 
 from server.dialects import openai
 from server.schemas.openai import ChatCompletionsRequest
+from server.variants import resolve
 
 DEFAULTS: dict[str, Any] = {
     "temperature": 0.8,
@@ -29,4 +30,11 @@ async def chat(request: Request, body: ChatCompletionsRequest) -> Response:
     missing = {name: value for name, value in DEFAULTS.items() if getattr(body, name) is None}
     if body.enable_thinking is None and body.reasoning_effort is None and not body.chat_template_kwargs:
         missing["enable_thinking"] = True
+    # What is said by another name is said.
+    if body.stream_options is not None:
+        missing.pop("include_usage", None)
+    if body.repetition_penalty is not None:
+        missing.pop("repeat_penalty", None)
+    if not resolve(request.app.state.registry, body.model).spec.extra_samplers and body.repeat_last_n is None:
+        missing.pop("repeat_last_n")
     return await openai.chat(request, body.model_copy(update=missing))

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 
 from server.core.conversation import last_question
 from server.core.errors import ServiceError
-from server.dialects.relay import Question, Turn, ask, json_response, notes
+from server.dialects.relay import Question, Turn, ask, ignored_of, json_response, notes
 from server.dialects.vectors import embed
 from server.errors import error_body
 from server.schemas.chat import ChatRequest, ChatUsage
@@ -30,7 +30,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         engine_body,
         text=last_question(engine_body["messages"]),
         session_id=body.session_id,
-        ignored=tuple(body.model_extra or {}),
+        ignored=ignored_of(body),
     )
     turn = await ask(request, question)
     if body.stream:
@@ -113,4 +113,4 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         "model": spec.id,
         "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
     }
-    return json_response(content, notes(body.model, spec, tuple(body.model_extra or {})))
+    return json_response(content, notes(body.model, spec, ignored_of(body)))

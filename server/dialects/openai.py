@@ -18,7 +18,7 @@ from server import limits
 from server.core.conversation import last_question
 from server.core.errors import InvalidRequest, ServiceError
 from server.core.registry import ModelSpec, Registry
-from server.dialects.relay import Question, Turn, ask, bounded_thought, json_response, notes
+from server.dialects.relay import Question, Turn, ask, ignored_of, json_response, must_answer, notes
 from server.dialects.vectors import embed
 from server.errors import error_body
 from server.media import check_media
@@ -64,9 +64,8 @@ def question_of(request: Request, body: ChatCompletionsRequest) -> Question:
 
 def _ignored(body: Generation | EmbeddingsRequest) -> tuple[str, ...]:
     """The names of fields that nobody reads. Raises InvalidRequest for those that are refused."""
-    extra = body.model_extra or {}
-    limits.refuse(extra)
-    return tuple(name for name, value in extra.items() if value is not None)
+    limits.refuse(body.model_extra or {})
+    return ignored_of(body)
 
 
 def _check(body: ChatCompletionsRequest) -> None:
@@ -104,15 +103,18 @@ def _thinking(body: ChatCompletionsRequest, variant: Variant) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if switch is not None:
         fields["chat_template_kwargs"] = {"enable_thinking": switch}
+    bounds = {}
     budget = body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget
-    if budget is None and switch is not False and _must_answer(body):
-        budget = bounded_thought(variant.spec, body.max_completion_tokens or body.max_tokens)
     if budget is not None:
-        fields["thinking_token_budget"] = budget
+        bounds["thinking_budget"] = budget
+    if switch is not False and _promises(body):
+        bounds |= must_answer(variant.spec, body.max_completion_tokens or body.max_tokens)
+    if bounds:
+        fields["vllm_xargs"] = (body.for_engine().get("vllm_xargs") or {}) | bounds
     return fields
 
 
-def _must_answer(body: ChatCompletionsRequest) -> bool:
+def _promises(body: ChatCompletionsRequest) -> bool:
     """Whether a call or an answer of some form is promised."""
     forced = body.tool_choice not in (None, "none", "auto")
     return forced or (body.response_format is not None and body.response_format.type != "text")

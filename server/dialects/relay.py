@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 from fastapi import Request, Response
+from pydantic import BaseModel
 
 from server.core import metrics
 from server.core.errors import InvalidRequest
@@ -45,12 +46,14 @@ class Turn:
         """Every frame but the last, `done`. Raises the ServiceError that the answer ended with."""
         started: float = self.request.state.started
         frame, last = self.first, 0.0
+        if self.ticket.api == "completions":  # a chat's first frame opens the answer and carries no text
+            last = time.monotonic()
+            metrics.ttft.labels(self.model).observe(last - started)
         while frame.kind != "done":
             yield frame
             frame = await self.ticket.next()
             now = time.monotonic()
             if frame.kind == "chunk":
-                # Not of the first frame, which opens the answer and carries no text.
                 if last:
                     metrics.inter_token_latency.labels(self.model).observe(now - last)
                 else:
@@ -103,6 +106,7 @@ async def ask(request: Request, question: Question) -> Turn:
     """Have a question answered. Raises ServiceError; what the worker refuses is raised here too."""
     spec = question.variant.spec
     request.state.model = spec.id
+    _check_samplers(spec, question.body)
     session_id = question.session_id or _session_of(request)
     found = await memory.recall(request, spec, question.text) if question.variant.search else memory.NOTHING
     call = Call(
@@ -130,12 +134,22 @@ async def ask(request: Request, question: Question) -> Turn:
     return Turn(request, ticket, first, spec.id, session_id, headers, found.sources)
 
 
-def bounded_thought(spec: ModelSpec, max_tokens: int | None) -> int:
-    """Tokens to think with before an answer that must come: half of what there is, so that it finds room.
+def must_answer(spec: ModelSpec, max_tokens: int | None) -> dict[str, int]:
+    """Tells the engine that an answer is promised: how many tokens may pass before it, half of what there is.
 
-    Grammars hold the answer and not the thought before it, which some models never end by themselves.
+    Grammars hold the answer and not the thought before it, which some models never end, or end the answer with.
     """
-    return (max_tokens or spec.context_length // 2) // 2
+    return {"must_answer": (max_tokens or spec.context_length // 2) // 2}
+
+
+def _check_samplers(spec: ModelSpec, fields: dict[str, Any]) -> None:
+    """Raise InvalidRequest where the model's engine runs without the samplers that the request switches on."""
+    wanted = fields.get("vllm_xargs")
+    if not wanted or spec.extra_samplers:
+        return
+    if name := next((name for name in wanted if name != "must_answer"), None):
+        raise InvalidRequest(f"{name}: {spec.id} is served without this sampler.", param=name)
+    del fields["vllm_xargs"]
 
 
 def _session_of(request: Request) -> str:
@@ -146,6 +160,11 @@ def _session_of(request: Request) -> str:
     if not SESSION_ID.fullmatch(given):
         raise InvalidRequest("X-Session-Id: 1 to 128 printable ASCII characters without spaces.", param="X-Session-Id")
     return given
+
+
+def ignored_of(body: BaseModel) -> tuple[str, ...]:
+    """The names of fields that nobody reads; null is as good as left out."""
+    return tuple(name for name, value in (body.model_extra or {}).items() if value is not None)
 
 
 def notes(asked: str | None, spec: ModelSpec, ignored: tuple[str, ...]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from server import limits
 from server.core.conversation import last_question
 from server.core.errors import InvalidRequest, ServiceError
-from server.dialects.relay import Question, Turn, ask, bounded_thought, json_response
+from server.dialects.relay import Question, Turn, ask, ignored_of, json_response, must_answer
 from server.media import check_media
 from server.schemas.responses import FunctionCall, InputMessage, ReasoningItem, ResponsesRequest
 from server.sse import SseResponse, event
@@ -62,7 +62,7 @@ def _check(body: ResponsesRequest) -> tuple[str, ...]:
             raise InvalidRequest(f"tool_choice.name: {chosen!r} is none of the tools.", param="tool_choice")
     if body.text and body.text.format and body.text.format.type == "json_schema":
         limits.check_schema(body.text.format.json_schema, "text.format.schema")
-    return tuple(name for name, value in extra.items() if value is not None)
+    return ignored_of(body)
 
 
 def _engine_body(body: ResponsesRequest, variant: Variant) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _engine_body(body: ResponsesRequest, variant: Variant) -> dict[str, Any]:
         fields["chat_template_kwargs"] = {"enable_thinking": True}
     formatted = body.text is not None and body.text.format is not None and body.text.format.type != "text"
     if effort != "none" and (formatted or body.tool_choice not in (None, "none", "auto")):
-        fields["thinking_token_budget"] = bounded_thought(variant.spec, body.max_output_tokens)
+        fields["vllm_xargs"] = must_answer(variant.spec, body.max_output_tokens)
     return fields
 
 
@@ -106,7 +106,7 @@ def _input(body: ResponsesRequest) -> Any:
         elif isinstance(item, ReasoningItem):
             items.append({**item.model_dump(exclude_none=True), "id": item.id or f"rs_{index}"})
         else:
-            items.append(item.model_dump(exclude_none=True))
+            items.append(item.model_dump(exclude_none=True) | {"output": item.text})
     return items
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.limits import MAX_MESSAGES, MAX_STOP, MAX_STOP_LENGTH, MAX_TOOL_NAME, MAX_TOOLS
+from server.limits import MAX_MESSAGES, MAX_STOP, MAX_STOP_LENGTH, MAX_TOOL_NAME, MAX_TOOLS, TOOL_NAME
 from server.schemas.common import MANY, ONE, by_type, one_or_many
 from server.schemas.messages import Strict, not_too_deep
 from server.schemas.parameters import MAX_INT32
@@ -100,7 +100,7 @@ class ToolParam(Strict):
     """A tool of the client's own; those that Anthropic's servers run (`web_search_…`) do not exist here."""
 
     type: Literal["custom"] | None = None
-    name: str = Field(pattern=rf"^[A-Za-z0-9_.:-]{{1,{MAX_TOOL_NAME}}}$")
+    name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None

@@ -6,7 +6,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.limits import MAX_TOOL_NAME
+from server.limits import MAX_TOOL_NAME, TOOL_NAME
 from server.schemas.common import MANY, OBJECT, ONE, by_type, one_or_many, word_or_object
 
 
@@ -188,7 +188,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 class Function(Strict):
-    name: str = Field(pattern=rf"^[A-Za-z0-9_.:-]{{1,{MAX_TOOL_NAME}}}$")
+    name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema")
     strict: bool | None = None

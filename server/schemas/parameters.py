@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from server.limits import MAX_TOP_LOGPROBS
+from server.limits import MAX_TOP_LOGPROBS, MIN_XTC_THRESHOLD
 
 MAX_INT32 = 2**31 - 1
 
@@ -30,12 +30,14 @@ class SamplingParameters(BaseModel):
     )
     dry_multiplier: float | None = Field(None, ge=0, le=100, description="Strength of DRY; 0: off")
     dry_base: float | None = Field(None, ge=1, le=10, description="How the penalty grows with the repetition (1.75)")
-    dry_allowed_length: int | None = Field(None, ge=1, le=MAX_INT32, description="Repetition let be (2)")
+    dry_allowed_length: int | None = Field(None, ge=1, le=256, description="Repetition let be (2)")
     dry_penalty_last_n: int | None = Field(
         None, ge=-1, le=MAX_INT32, description="How many tokens DRY looks back on; 0 or -1: all"
     )
     xtc_probability: float | None = Field(None, ge=0, le=1, description="How often XTC acts; 0: never")
-    xtc_threshold: float | None = Field(None, ge=0, le=1, description="Probability that makes a top choice (0.1)")
+    xtc_threshold: float | None = Field(
+        None, ge=MIN_XTC_THRESHOLD, le=1, description="Probability that makes a top choice (0.1)"
+    )
     xtc_min_keep: int | None = Field(None, ge=0, le=MAX_INT32, description="Top choices that XTC leaves (1)")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="`none` switches thinking off, any other on"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator
 
-from server.limits import MAX_MESSAGES, MAX_TOOL_NAME, MAX_TOOLS, MAX_TOP_LOGPROBS
+from server.limits import MAX_MESSAGES, MAX_TOOL_NAME, MAX_TOOLS, MAX_TOP_LOGPROBS, TOOL_NAME
 from server.schemas.common import MANY, OBJECT, ONE, by_type, one_or_many, word_or_object
 from server.schemas.messages import Strict, object_in
 from server.schemas.openai import INT64, ModelName
@@ -64,7 +64,14 @@ class FunctionCallOutput(Strict):
     type: Literal["function_call_output"]
     id: str | None = None
     call_id: str = Field(min_length=1, max_length=256)
-    output: str
+    output: Annotated[
+        Annotated[str, Tag(ONE)] | Annotated[list[InputText], Tag(MANY)],
+        one_or_many("a string or a list of texts"),
+    ]
+
+    @property
+    def text(self) -> str:
+        return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
 
 
 class ReasoningText(Strict):
@@ -90,7 +97,7 @@ Item = Annotated[
 
 class FunctionTool(Strict):
     type: Literal["function"]
-    name: str = Field(pattern=rf"^[A-Za-z0-9_.:-]{{1,{MAX_TOOL_NAME}}}$")
+    name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

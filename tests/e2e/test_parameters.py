@@ -70,7 +70,7 @@ def test_top_k_and_min_p_leave_only_the_best(client: httpx.Client, path: str) ->
         {"repeat_penalty": 5.0},
         {"repeat_penalty": 5.0, "repeat_last_n": 64},
         {"dry_multiplier": 5.0, "dry_allowed_length": 1},
-        {"xtc_probability": 1.0, "xtc_threshold": 0.0001},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.001},
     ],
     ids=["repetition", "windowed", "dry", "xtc"],
 )
@@ -88,7 +88,7 @@ def test_each_sampler_changes_what_is_said(client: httpx.Client, path: str, pena
     [
         {"repeat_penalty": 5.0, "repeat_last_n": 0},
         {"dry_multiplier": 0.0, "dry_base": 9.0},
-        {"xtc_probability": 0.0, "xtc_threshold": 0.0},
+        {"xtc_probability": 0.0, "xtc_threshold": 0.001},
     ],
 )
 def test_what_is_switched_off_changes_nothing(client: httpx.Client, path: str, off: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ def test_kawai_s_defaults_hold_on_its_own_path_only(client: httpx.Client) -> Non
         ("dry_allowed_length", 0),
         ("dry_penalty_last_n", -2),
         ("xtc_probability", 2),
-        ("xtc_threshold", -0.1),
+        ("xtc_threshold", 0),
         ("xtc_min_keep", -1),
         ("enable_thinking", "perhaps"),
         ("reasoning_effort", "huge"),

@@ -206,7 +206,7 @@ def test_one_call_where_only_one_is_wanted(client: httpx.Client) -> None:
 
 def test_constrained_output_does_not_run_away_in_white_space(stack: Stack, client: httpx.Client) -> None:
     # Given a model that is made to like nothing better than spaces and line breaks
-    tokenizer = json.loads(next(stack.folder.glob("smoke/*/tokenizer.json")).read_text())
+    tokenizer = json.loads((stack.chat_weights / "tokenizer.json").read_text())
     space, line_break = (tokenizer["model"]["vocab"][token] for token in ("Ġ", "Ċ"))
     asked = {"messages": [user(FRANCE)], "enable_thinking": False, "temperature": 0, "max_tokens": 60}
     asked["logit_bias"] = {str(space): 100, str(line_break): 100}

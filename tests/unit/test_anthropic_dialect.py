@@ -139,7 +139,10 @@ async def test_thinking(fields: dict[str, Any], switch: dict[str, bool], thinkin
     ],
 )
 async def test_thoughts_leave_room_for_an_answer_that_must_come(promise: dict[str, Any]) -> None:
-    assert (await asked(model="talker-thinking", **promise)).body["thinking_token_budget"] == 1000
+    body = (await asked(model="talker-thinking", **promise)).body
+    assert (body["thinking_token_budget"], body["vllm_xargs"]) == (1000, {"must_answer": 1})
+    # And where nothing is promised, or nothing thought, they may take all of it
+    assert "thinking_token_budget" not in (await asked(**promise)).body
     assert "thinking_token_budget" not in (await asked(model="talker-thinking")).body
     # And who says how long has it so
     body = (await asked(thinking={"type": "enabled", "budget_tokens": 1024}, **promise)).body

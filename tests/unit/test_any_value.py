@@ -66,7 +66,7 @@ MESSAGES = st.lists(
     VALUES | st.fixed_dictionaries({"role": ROLES, "content": CONTENT}, optional={"tool_calls": VALUES, "name": JSON}),
     max_size=3,
 )
-LIKELY = [None, True, False, 1, 2000, 0.5, "x", "none", "auto", "low", [], ["x"], {}]
+LIKELY: list[Any] = [None, True, False, 1, 2000, 0.5, "x", "none", "auto", "low", [], ["x"], {}]
 """What is right in many fields, so that something else is wrong, or nothing."""
 MODELS = st.sampled_from(["talker", "seer", "seer-thinking", "vectors"])
 

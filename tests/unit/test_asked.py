@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from server.core.conversation import last_question
 from server.core.messages import Api
 from workers.transcript import asked, put_before_question
 
@@ -113,6 +114,16 @@ def test_past_chats_stand_before_the_last_question(api: Api) -> None:
     expected = [said[0], {"role": "user", "content": "PAST\n\nTwo?"}, said[2]]
     assert changed == {field_of(api): expected, "temperature": 0.5}
     assert said[1]["content"] == "Two?"
+
+
+@pytest.mark.parametrize("nothing", ["", [], [{"type": "text", "text": ""}], [IMAGE]])
+def test_a_message_without_text_is_no_question(nothing: Any) -> None:
+    # Given a last message of the user's in which nothing is asked
+    body = {"messages": [HELLO, {"role": "user", "content": nothing}]}
+    # Then the past chats stand where the search took its question from
+    changed = put_before_question("chat", body, "PAST")["messages"]
+    assert changed == [{"role": "user", "content": "PAST\n\nHello!"}, body["messages"][1]]
+    assert last_question(body["messages"]) == "Hello!"
 
 
 def test_past_chats_stand_before_a_response_in_one_string() -> None:

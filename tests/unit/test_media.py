@@ -1,5 +1,6 @@
 """Media in messages: which model takes them, and where they may be fetched from."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from server.media import KINDS, check_media
 from tests.unit.fake_requests import DATA_URI, SEER, TALKER, refused, spec
 from workers.transcript import MEDIA
 
-TEXT = {"type": "text", "text": "What is this?"}
+TEXT: dict[str, Any] = {"type": "text", "text": "What is this?"}
 
 
 def openai(kind: str, url: str) -> dict[str, Any]:
@@ -40,7 +41,7 @@ PARTS = [
 
 
 def check(part: dict[str, Any], model: ModelSpec = SEER, domains: list[str] | None = None) -> None:
-    messages = [{"role": "system", "content": "Look."}, {"role": "user", "content": [TEXT, part]}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Look."}, {"role": "user", "content": [TEXT, part]}]
     check_media(messages, "messages", model, domains or [])
 
 
@@ -71,7 +72,7 @@ def test_history_leaves_out_every_kind_of_part_that_is_checked() -> None:
     assert set(KINDS) == MEDIA
 
 
-PLACES = [
+PLACES: list[tuple[Callable[[str], dict[str, Any]], str]] = [
     (lambda url: openai("image_url", url), "image_url.url"),
     (lambda url: openai("audio_url", url), "audio_url.url"),
     (lambda url: openai("video_url", url), "video_url.url"),

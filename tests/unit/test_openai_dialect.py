@@ -50,7 +50,8 @@ def test_a_chat_of_messages_alone_adds_nothing() -> None:
 )
 def test_what_the_engine_knows_is_passed_on(fields: dict[str, Any]) -> None:
     body = question(**fields).body
-    body.pop("thinking_token_budget", None)
+    for promised in ("thinking_token_budget", "vllm_xargs"):
+        body.pop(promised, None)
     assert body == {"model": "talker", "messages": [HELLO], "stream": False, **fields}
 
 
@@ -84,12 +85,19 @@ MAY_ANSWER: list[dict[str, Any]] = [
 def test_thoughts_leave_room_for_an_answer_that_must_come(
     promise: dict[str, Any], fields: dict[str, Any], budget: int | None
 ) -> None:
-    assert question(**promise, **fields).body.get("thinking_token_budget") == budget
+    body = question(**promise, **fields).body
+    assert body.get("thinking_token_budget") == budget
+    assert body.get("vllm_xargs") == (None if budget is None else {"must_answer": 1})
+
+
+def test_a_promised_answer_keeps_the_samplers_parameters() -> None:
+    body = question(**MUST_ANSWER[0], xtc_probability=0.5).body
+    assert body["vllm_xargs"] == {"xtc_probability": 0.5, "must_answer": 1}
 
 
 @pytest.mark.parametrize("fields", MAY_ANSWER)
 def test_thoughts_may_take_all_the_room_otherwise(fields: dict[str, Any]) -> None:
-    assert "thinking_token_budget" not in question(**fields, max_tokens=9).body
+    assert not {"thinking_token_budget", "vllm_xargs"} & set(question(**fields, max_tokens=9).body)
 
 
 @pytest.mark.parametrize(

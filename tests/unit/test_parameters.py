@@ -6,7 +6,8 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
-from server.dialects import kawai, openai
+from server.dialects import kawai, native, openai
+from server.limits import MIN_XTC_THRESHOLD
 from server.schemas.chat import ChatRequest
 from server.schemas.openai import ChatCompletionsRequest
 from server.schemas.parameters import SamplingParameters
@@ -14,7 +15,14 @@ from tests.unit.fake_requests import FakeDispatcher, body_of, frame, request_of
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-ANSWER = {"choices": [{"index": 0, "message": {"content": "Hi."}, "finish_reason": "stop"}], "usage": USAGE}
+ANSWER = {
+    "id": "x",
+    "object": "x",
+    "created": 1,
+    "model": "x",
+    "usage": USAGE,
+    "choices": [{"index": 0, "message": {"content": "Hi."}, "finish_reason": "stop"}],
+}
 
 
 def for_engine(**given: Any) -> dict[str, Any]:
@@ -101,10 +109,10 @@ def test_no_other_word_switches_thinking(value: Any) -> None:
         ("repeat_last_n", -1, 2**31 - 1, (-2, 2**31)),
         ("dry_multiplier", 0, 100, (-0.1, 100.1)),
         ("dry_base", 1, 10, (0.9, 10.1)),
-        ("dry_allowed_length", 1, 2**31 - 1, (0, 2**31)),
+        ("dry_allowed_length", 1, 256, (0, 257)),
         ("dry_penalty_last_n", -1, 2**31 - 1, (-2, 2**31)),
         ("xtc_probability", 0, 1, (-0.1, 1.1)),
-        ("xtc_threshold", 0, 1, (-0.1, 1.1)),
+        ("xtc_threshold", MIN_XTC_THRESHOLD, 1, (-0.1, MIN_XTC_THRESHOLD / 2, 1.1)),
         ("xtc_min_keep", 0, 2**31 - 1, (-1, 2**31)),
         ("top_logprobs", 0, 20, (-1, 21)),
         ("reasoning_effort", "none", "max", ("", "more")),
@@ -113,7 +121,7 @@ def test_no_other_word_switches_thinking(value: Any) -> None:
         ("logprobs", True, False, (5, "true")),
     ],
 )
-def test_the_bounds(name: str, least: Any, most: Any, beyond: tuple[Any, Any]) -> None:
+def test_the_bounds(name: str, least: Any, most: Any, beyond: tuple[Any, ...]) -> None:
     for value in (least, most, None):
         assert getattr(SamplingParameters.model_validate({name: value}), name) == value
     for value in (*beyond, [], {}, "x"):
@@ -124,9 +132,27 @@ def test_the_bounds(name: str, least: Any, most: Any, beyond: tuple[Any, Any]) -
 async def asked(dialect: Any, **given: Any) -> dict[str, Any]:
     """The body that the engine is asked with, in this dialect."""
     dispatcher = FakeDispatcher(frame("result", ANSWER))
-    body = ChatCompletionsRequest.model_validate({"messages": HELLO, **given})
+    schema = ChatRequest if dialect is native else ChatCompletionsRequest
+    body = schema.model_validate({"messages": HELLO, **given})
     await dialect.chat(request_of(dispatcher), body)
     return dispatcher.calls[0].body
+
+
+@pytest.mark.parametrize(
+    ("given", "thinks"),
+    [
+        ({}, False),
+        ({"enable_thinking": True}, True),
+        ({"enable_thinking": "false", "reasoning_effort": "high"}, False),
+        ({"reasoning_effort": "minimal"}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"model": "talker-thinking"}, True),
+        ({"model": "talker-thinking", "enable_thinking": False}, False),
+        ({"model": "talker-thinking", "reasoning_effort": "none"}, False),
+    ],
+)
+async def test_thinking_in_the_services_own_dialect(given: dict[str, Any], thinks: bool) -> None:
+    assert (await asked(native, **given))["chat_template_kwargs"] == {"enable_thinking": thinks}
 
 
 async def test_kawais_defaults_hold_in_kawais_dialect_alone() -> None:
@@ -157,6 +183,8 @@ async def test_kawais_defaults_hold_in_kawais_dialect_alone() -> None:
         ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", {"enable_thinking": False}),
         ({"reasoning_effort": "none"}, "reasoning_effort", "none"),
         ({"reasoning_effort": "none"}, "chat_template_kwargs", None),
+        ({"repetition_penalty": 1.5}, "repetition_penalty", 1.5),
+        ({"repetition_penalty": 1.5}, "vllm_xargs", None),
         ({"temperature": None}, "temperature", 0.8),
     ],
 )
@@ -169,6 +197,7 @@ async def test_what_is_given_wins_over_kawais_defaults(given: dict[str, Any], na
     [
         (kawai, {}, True),
         (kawai, {"include_usage": False}, False),
+        (kawai, {"stream_options": {"include_usage": False}}, False),
         (openai, {}, False),
         (openai, {"include_usage": True}, True),
         (openai, {"stream_options": {"include_usage": True}}, True),

@@ -54,13 +54,15 @@ async def asked(**fields: Any) -> Call:
 async def test_what_the_engine_knows_is_passed_on(fields: dict[str, Any]) -> None:
     call = await asked(**fields)
     assert (call.api, call.recorded) == ("responses", True)
-    call.body.pop("thinking_token_budget", None)
+    for promised in ("thinking_token_budget", "vllm_xargs"):
+        call.body.pop(promised, None)
     assert call.body == {"model": "talker", "input": "Hello!", "stream": False, **fields}
 
 
 @pytest.mark.parametrize("promise", [{"tools": [TOOL], "tool_choice": "required"}, {"text": SCHEMA}])
 async def test_thoughts_leave_room_for_an_answer_that_must_come(promise: dict[str, Any]) -> None:
-    assert (await asked(**promise, max_output_tokens=9)).body["thinking_token_budget"] == 4
+    body = (await asked(**promise, max_output_tokens=9)).body
+    assert (body["thinking_token_budget"], body["vllm_xargs"]) == (4, {"must_answer": 1})
     assert "thinking_token_budget" not in (await asked(**promise, reasoning={"effort": "none"})).body
     assert "thinking_token_budget" not in (await asked(tools=[TOOL], tool_choice="auto")).body
 

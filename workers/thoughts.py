@@ -1,0 +1,115 @@
+"""How long a request may think, and that it does not stop there: a logits processor of vLLM's kind.
+
+Two bounds come in `SamplingParams.extra_args`, in tokens, under the names of `Bounds`. vLLM has a bound of its own
+(`thinking_token_budget`), which is not used: in 0.32 a request that takes the batch row of a finished one inherits
+its bound, so that one client's thought would be ended in the middle of another client's answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor
+
+TEMPLATE_TAIL = 8
+"""Where a chat template opens or closes a thought itself, it does so within this many tokens of the prompt's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """`thinking_budget` counts from the token that opens a thought. `must_answer` is for requests whose answer is
+    promised: it counts from the first token, and until the thought is over, generation cannot end.
+
+    A grammar holds the answer and not the thought before it; without `must_answer` a model that stops in the
+    middle of its thought would leave a forced tool call uncalled.
+    """
+
+    thinking_budget: int | None = None
+    must_answer: int | None = None
+
+    @classmethod
+    def read(cls, extra_args: Mapping[str, Any] | None) -> "Bounds | None":
+        """The bounds of a request, None where it has none."""
+        given = extra_args or {}
+        bounds = cls(given.get("thinking_budget"), given.get("must_answer"))
+        return None if bounds == cls() else bounds
+
+
+@dataclass(slots=True)
+class _Thought:
+    """A request that may be thinking. `output` is the engine's own growing list; `opened` is where in it the thought
+    began, None before; `forced` counts the tokens of the end that have been forced."""
+
+    bounds: Bounds
+    output: list[int]
+    stops: torch.Tensor
+    opened: int | None = None
+    seen: int = 0
+    forced: int = 0
+
+    def is_over(self) -> bool:
+        """Whether a bound is reached."""
+        budget, promised = self.bounds.thinking_budget, self.bounds.must_answer
+        if budget is not None and self.opened is not None and len(self.output) - self.opened >= budget:
+            return True
+        return promised is not None and len(self.output) >= promised
+
+
+class ThoughtBounds(LogitsProcessor):  # type: ignore[misc]  # vLLM is Any here
+    """Ends thoughts at their bound; costs the requests that have none nothing."""
+
+    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+        reasoning = vllm_config.reasoning_config
+        self._start: list[int] = (reasoning and reasoning.reasoning_start_token_ids) or []
+        self._end: list[int] = (reasoning and reasoning.natural_reasoning_end_token_ids) or []
+        self._to_force: list[int] = (reasoning and reasoning.reasoning_end_token_ids) or []
+        self._device = device
+        self._thinking: dict[int, _Thought] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """It changes what greedy sampling takes."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self._thinking, batch_update, self._watch)
+
+    def _watch(self, params: Any, prompt: list[int] | None, output: list[int]) -> _Thought | None:
+        bounds = Bounds.read(params.extra_args)
+        tail = (prompt or [])[-TEMPLATE_TAIL:]
+        if bounds is None or not self._end or _find(self._end, tail) is not None:
+            return None
+        stops = torch.tensor(sorted(params.all_stop_token_ids), dtype=torch.long, device=self._device)
+        return _Thought(bounds, output, stops, opened=None if _find(self._start, tail) is None else 0)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """`logits` float32 (n_requests, vocabulary), changed in place."""
+        for index, thought in list(self._thinking.items()):
+            if self._is_done(thought):
+                del self._thinking[index]
+            elif thought.forced or thought.is_over():
+                logits[index] = float("-inf")
+                logits[index, self._to_force[thought.forced]] = 0.0
+                thought.forced += 1
+            elif thought.bounds.must_answer is not None:
+                logits[index, thought.stops] = float("-inf")
+        return logits
+
+    def _is_done(self, thought: _Thought) -> bool:
+        """Whether the thought is over; looks at what was generated since the last look."""
+        new = thought.output[thought.seen :]
+        if thought.opened is None and (at := _find(self._start, new)) is not None:
+            thought.opened = thought.seen + at + len(self._start)
+        if thought.forced == len(self._to_force) or (not thought.forced and _find(self._end, new) is not None):
+            return True
+        # The next look begins where an end, or a beginning, may have begun already.
+        thought.seen = max(0, len(thought.output) - max(len(self._end), len(self._start)) + 1)
+        return False
+
+
+def _find(sequence: list[int], tokens: list[int]) -> int | None:
+    """Where in the tokens the sequence begins last."""
+    size = len(sequence)
+    at = (at for at in range(len(tokens) - size, -1, -1) if tokens[at : at + size] == sequence)
+    return next(at, None) if size else None

@@ -237,10 +237,27 @@ def like(value: Any) -> st.SearchStrategy[Any]:
         return TEXTS
     if isinstance(value, list):
         return st.lists(st.sampled_from(value) | VALUES if value else VALUES, max_size=4)
-    if value is None:
-        return VALUES
-    more = st.dictionaries(st.sampled_from([*value, *KEYS]), VALUES, max_size=2)
-    return st.tuples(st.sampled_from([value, {}]), more).map(lambda parts: {**parts[0], **parts[1]})
+    if isinstance(value, dict):
+        more = st.dictionaries(st.sampled_from([*value, *KEYS]), VALUES, max_size=2)
+        return st.tuples(st.sampled_from([value, {}]), more).map(lambda parts: {**parts[0], **parts[1]})
+    return VALUES
+
+
+def fitting(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """What a field's own JSON Schema allows, its bounds first of all; anything where it says too little."""
+    if "anyOf" in schema:
+        return st.one_of(*map(fitting, schema["anyOf"]))
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    low, high = (schema.get("minimum"), schema.get("maximum"))
+    ends = st.sampled_from([end for end in (low, high) if end is not None] or [0])
+    if schema.get("type") == "integer":
+        return ends | st.integers(low, high)
+    if schema.get("type") == "number":
+        return ends | st.floats(low, high, allow_nan=False, allow_infinity=False)
+    if schema.get("type") == "array":
+        return st.lists(fitting(schema["items"]), max_size=4)
+    return {"boolean": st.booleans(), "string": TEXTS, "null": st.none()}.get(schema.get("type", ""), VALUES)
 
 
 def places(value: Any) -> Iterator[tuple[Any, ...]]:
@@ -255,16 +272,18 @@ def places(value: Any) -> Iterator[tuple[Any, ...]]:
 def bodies(draw: st.DrawFn, endpoint: Endpoint) -> dict[str, Any]:
     """A body that is right, but for one place or a few with something else in it."""
     body = copy.deepcopy(draw(st.sampled_from(endpoint.bodies)))
-    fields = [*endpoint.asked.model_fields, "x", draw(st.sampled_from(sorted(REFUSED)))]
-    for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
-        within = st.sampled_from([path for path in places(body) if path != ("model",)] or [("x",)])
-        *way, last = draw(within | within | st.sampled_from([(name,) for name in fields]))
+    fields = endpoint.asked.model_json_schema()["properties"]
+    names = [*fields, "x", draw(st.sampled_from(sorted(REFUSED)))]
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
+        within = st.sampled_from([*places(body)])
+        *way, last = draw(within | st.sampled_from([(name,) for name in names]))
         found: Any = body
         for step in way:
             found = found[step]
         old = found.get(last) if isinstance(found, dict) else found[last]
-        kinds = [like(old), like(old), like(old), NUMBERS, VALUES, VALUES, VALUES, st.sampled_from(LARGE)]
-        found[last] = copy.deepcopy(draw(kinds[draw(st.integers(0, len(kinds) - 1))]))
+        right = like(old) if way or last not in fields else fitting(fields[last])
+        kinds = [right] * 6 + [like(old), like(old), VALUES, VALUES, NUMBERS, st.sampled_from(LARGE)]
+        found[last] = copy.deepcopy(draw(kinds[draw(st.sampled_from(range(len(kinds))))]))
     if "stream" in endpoint.asked.model_fields and draw(st.integers(0, 9)):
         body["stream"] = draw(st.booleans())
     return body

@@ -1,5 +1,6 @@
 """Kawai's parameters on both chat routes, against the real engine."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -7,6 +8,7 @@ import pytest
 
 from tests.dialogue import FRANCE, MODEL, PARIS, QUICK, user
 from tests.e2e.test_tools import events
+from tests.stack import Stack
 
 REPETITIVE = "Write the same word again and again, and never stop."
 
@@ -102,6 +104,31 @@ def test_a_seed_fixes_xtc(client: httpx.Client) -> None:
     seeded = {text(ask(client, path, seed=seed, **fields)) for seed in (3, 3, 3)}
     assert len(seeded) == 1
     assert len({text(ask(client, path, seed=seed, **fields)) for seed in range(4)}) > 1
+
+
+def test_a_bound_on_one_thought_ends_no_other_answer(stack: Stack, key: str) -> None:
+    # Given answers that are being generated while bounded thoughts come, are cut short and go
+    counting = {
+        "messages": [user("Count to fifteen.")],
+        "temperature": 0,
+        "ignore_eos": True,
+        "max_tokens": 100,
+        **QUICK,
+    }
+    thought = {"messages": [user(FRANCE)], "temperature": 0, "enable_thinking": True, "max_tokens": 8}
+
+    def run(index: int) -> str:
+        with stack.client(key) as client:
+            if index % 2:
+                client.post("/v1/chat/completions", json=thought | {"thinking_budget": 12 + index % 3})
+                return ""
+            return text(client.post("/v1/chat/completions", json=counting).json())
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(run, range(96)))[::2]
+    # Then none of the answers has the end of a thought in it
+    assert "fifteen" in answers[0]
+    assert set(answers) == {answers[0]}
 
 
 @both_routes

@@ -54,6 +54,7 @@ class FakeTicket:
 
     def __init__(self, *frames: Frame | ServiceError) -> None:
         self.request_id = "r1"
+        self.api = "chat"
         self.closed = False
         self._frames = list(frames)
 

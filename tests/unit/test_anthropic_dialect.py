@@ -118,7 +118,7 @@ async def test_what_it_knows_otherwise_is_put_so(fields: dict[str, Any], name: s
         (
             {"thinking": {"type": "enabled", "budget_tokens": 1999}},
             ON,
-            {"type": "enabled", "budget_tokens": 1999},
+            {"thinking_budget": 1999},
         ),
         # A budget for nothing is no matter
         ({"thinking": {"type": "disabled", "budget_tokens": 5000}}, OFF, None),
@@ -127,7 +127,7 @@ async def test_what_it_knows_otherwise_is_put_so(fields: dict[str, Any], name: s
 )
 async def test_thinking(fields: dict[str, Any], switch: dict[str, bool], thinking: Any) -> None:
     body = (await asked(**fields)).body
-    assert (body["chat_template_kwargs"], body.get("thinking")) == (switch, thinking)
+    assert (body["chat_template_kwargs"], body.get("vllm_xargs")) == (switch, thinking)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +140,13 @@ async def test_thinking(fields: dict[str, Any], switch: dict[str, bool], thinkin
 )
 async def test_thoughts_leave_room_for_an_answer_that_must_come(promise: dict[str, Any]) -> None:
     body = (await asked(model="talker-thinking", **promise)).body
-    assert (body["thinking_token_budget"], body["vllm_xargs"]) == (1000, {"must_answer": 1})
+    assert body["vllm_xargs"] == {"must_answer": 1000}
     # And where nothing is promised, or nothing thought, they may take all of it
-    assert "thinking_token_budget" not in (await asked(**promise)).body
-    assert "thinking_token_budget" not in (await asked(model="talker-thinking")).body
-    # And who says how long has it so
+    assert "vllm_xargs" not in (await asked(**promise)).body
+    assert "vllm_xargs" not in (await asked(model="talker-thinking")).body
+    # And who says how long has the nearer bound
     body = (await asked(thinking={"type": "enabled", "budget_tokens": 1024}, **promise)).body
-    assert (body["thinking"]["budget_tokens"], body.get("thinking_token_budget")) == (1024, None)
+    assert body["vllm_xargs"] == {"thinking_budget": 1024, "must_answer": 1000}
 
 
 @pytest.mark.parametrize("budget", [2000, 2001, 2**31 - 1])

@@ -50,8 +50,7 @@ def test_a_chat_of_messages_alone_adds_nothing() -> None:
 )
 def test_what_the_engine_knows_is_passed_on(fields: dict[str, Any]) -> None:
     body = question(**fields).body
-    for promised in ("thinking_token_budget", "vllm_xargs"):
-        body.pop(promised, None)
+    body.pop("vllm_xargs", None)
     assert body == {"model": "talker", "messages": [HELLO], "stream": False, **fields}
 
 
@@ -78,26 +77,26 @@ MAY_ANSWER: list[dict[str, Any]] = [
         ({"max_tokens": 90, "max_completion_tokens": 7}, 3),
         # Of a context of 100, where nothing is said
         ({}, 25),
-        ({"max_tokens": 9, "thinking_budget": 8}, 8),
+        ({"max_tokens": 9, "thinking_budget": 8}, 4),
         ({"max_tokens": 9, "enable_thinking": False}, None),
     ],
 )
 def test_thoughts_leave_room_for_an_answer_that_must_come(
     promise: dict[str, Any], fields: dict[str, Any], budget: int | None
 ) -> None:
-    body = question(**promise, **fields).body
-    assert body.get("thinking_token_budget") == budget
-    assert body.get("vllm_xargs") == (None if budget is None else {"must_answer": 1})
+    bounds = question(**promise, **fields).body.get("vllm_xargs", {})
+    assert bounds.get("must_answer") == budget
+    assert bounds.get("thinking_budget") == fields.get("thinking_budget")
 
 
 def test_a_promised_answer_keeps_the_samplers_parameters() -> None:
     body = question(**MUST_ANSWER[0], xtc_probability=0.5).body
-    assert body["vllm_xargs"] == {"xtc_probability": 0.5, "must_answer": 1}
+    assert body["vllm_xargs"] == {"xtc_probability": 0.5, "must_answer": 25}
 
 
 @pytest.mark.parametrize("fields", MAY_ANSWER)
 def test_thoughts_may_take_all_the_room_otherwise(fields: dict[str, Any]) -> None:
-    assert not {"thinking_token_budget", "vllm_xargs"} & set(question(**fields, max_tokens=9).body)
+    assert "vllm_xargs" not in question(**fields, max_tokens=9).body
 
 
 @pytest.mark.parametrize(
@@ -113,8 +112,8 @@ def test_thoughts_may_take_all_the_room_otherwise(fields: dict[str, Any]) -> Non
         ({"tools": [], "tool_choice": "none"}, "tool_choice", None),
         ({"stream": None}, "stream", False),
         ({"repeat_penalty": 1.2, "repetition_penalty": 1.1}, "repetition_penalty", 1.1),
-        ({"thinking_budget": 0, "thinking_token_budget": 9}, "thinking_token_budget", 0),
-        ({"thinking_token_budget": 9}, "thinking_token_budget", 9),
+        ({"thinking_budget": 0, "thinking_token_budget": 9}, "vllm_xargs", {"thinking_budget": 0}),
+        ({"thinking_token_budget": 9}, "vllm_xargs", {"thinking_budget": 9}),
         ({"user": "ada", "store": True}, "user", None),
     ],
 )

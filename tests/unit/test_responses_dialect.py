@@ -54,17 +54,16 @@ async def asked(**fields: Any) -> Call:
 async def test_what_the_engine_knows_is_passed_on(fields: dict[str, Any]) -> None:
     call = await asked(**fields)
     assert (call.api, call.recorded) == ("responses", True)
-    for promised in ("thinking_token_budget", "vllm_xargs"):
-        call.body.pop(promised, None)
+    call.body.pop("vllm_xargs", None)
     assert call.body == {"model": "talker", "input": "Hello!", "stream": False, **fields}
 
 
 @pytest.mark.parametrize("promise", [{"tools": [TOOL], "tool_choice": "required"}, {"text": SCHEMA}])
 async def test_thoughts_leave_room_for_an_answer_that_must_come(promise: dict[str, Any]) -> None:
     body = (await asked(**promise, max_output_tokens=9)).body
-    assert (body["thinking_token_budget"], body["vllm_xargs"]) == (4, {"must_answer": 1})
-    assert "thinking_token_budget" not in (await asked(**promise, reasoning={"effort": "none"})).body
-    assert "thinking_token_budget" not in (await asked(tools=[TOOL], tool_choice="auto")).body
+    assert body["vllm_xargs"] == {"must_answer": 4}
+    assert "vllm_xargs" not in (await asked(**promise, reasoning={"effort": "none"})).body
+    assert "vllm_xargs" not in (await asked(tools=[TOOL], tool_choice="auto")).body
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """A whole running service for the end-to-end tests: `python -m server up` over a data directory of its own."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,3 +119,33 @@ def eventually(check: Any, timeout_s: float = 10.0) -> Any:
         assert time.monotonic() < deadline, f"still {answer!r} after {timeout_s} s"
         time.sleep(0.05)
     return answer
+
+
+@contextmanager
+def second_server(stack: Stack, **settings: str) -> Iterator[str]:
+    """Another API server over the same broker and database, with settings of its own; gives its URL."""
+    addresses = json.loads((stack.folder / "addresses.json").read_text())
+    port = free_port()
+    environment = {
+        **stack.environment,
+        "DATABASE_URL": addresses["database_url"],
+        "AMQP_URL": addresses["amqp_url"],
+        "MODELS_FILE": str(stack.folder / "models.smoke.yaml"),
+        **settings,
+    }
+    argv = [sys.executable, "-m", "server", "serve", "--port", str(port)]
+    process = subprocess.Popen(argv, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def healthy() -> bool:
+        try:
+            return httpx.get(f"{url}/health").json()["status"] == "healthy"
+        except httpx.TransportError:
+            return False
+
+    try:
+        eventually(healthy, timeout_s=30)
+        yield url
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0

@@ -1,18 +1,12 @@
 """`/health`, `/models`, `/metrics`, the rate limit, and what the service says of itself."""
 
-import os
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import pytest
 
-from server.private import free_port
-from tests.stack import PROJECT, Stack, eventually, say
+from tests.stack import PROJECT, Stack, eventually, say, second_server
 
 
 def test_health_tells_each_part(stack: Stack) -> None:
@@ -126,44 +120,11 @@ def test_the_readme_lists_exactly_the_metrics_that_are_exported(stack: Stack) ->
     assert listed == found
 
 
-@contextmanager
-def second_server(stack: Stack, limit: int) -> Iterator[str]:
-    """Another API server over the same broker and database, with a rate limit."""
-    import json
-
-    addresses = json.loads((stack.folder / "addresses.json").read_text())
-    port = free_port()
-    environment = {
-        **stack.environment,
-        "DATABASE_URL": addresses["database_url"],
-        "AMQP_URL": addresses["amqp_url"],
-        "MODELS_FILE": str(stack.folder / "models.smoke.yaml"),
-        "RATE_LIMIT_PER_MINUTE": str(limit),
-    }
-    argv = [sys.executable, "-m", "server", "serve", "--port", str(port)]
-    process = subprocess.Popen(argv, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-
-    def healthy() -> bool:
-        try:
-            return httpx.get(f"{url}/health").json()["status"] == "healthy"
-        except httpx.TransportError:
-            return False
-
-    try:
-        eventually(healthy, timeout_s=30)
-        yield url
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
-    assert os.path.exists(stack.folder)
-
-
 def test_the_rate_limit_is_counted_across_servers(stack: Stack) -> None:
     key = stack.new_key("hasty")
     headers = {"Authorization": f"Bearer {key}"}
     # Given two servers that share a limit of six a minute, and a minute that has just begun
-    with second_server(stack, 6) as one, second_server(stack, 6) as two:
+    with second_server(stack, RATE_LIMIT_PER_MINUTE="6") as one, second_server(stack, RATE_LIMIT_PER_MINUTE="6") as two:
         if time.time() % 60 > 45:
             time.sleep(60 - time.time() % 60)
         # When one is asked three times and the other three times

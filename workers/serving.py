@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -143,12 +144,24 @@ COUNTED = {"include_usage": True}
 """Every stream ends with its tokens: history wants them, and whoever did not ask is not shown them."""
 
 
+@cache
+def _chat_request() -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    class Request(ChatCompletionRequest):  # type: ignore[misc]  # vLLM is Any to the type checker
+        def resolve_reasoning_ended(self, *args: Any) -> Any:
+            """Whether the thought is over before it begins; to vLLM it is where it is hidden, and a grammar would
+            hold the thought already."""
+            shown = self.model_copy(update={"include_reasoning": True})
+            return ChatCompletionRequest.resolve_reasoning_ended(shown, *args)
+
+    return Request
+
+
 class Chat(Serving):
     async def _ask(self, body: dict[str, Any], request_id: str) -> Any:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
         options = {"stream_options": COUNTED} if body["stream"] else {}
-        return await self._generate(ChatCompletionRequest(**body, **options, request_id=request_id))
+        return await self._generate(_chat_request()(**body, **options, request_id=request_id))
 
     async def _generate(self, request: Any) -> Any:
         await self._check_fits(request)
@@ -192,7 +205,17 @@ class Completions(Chat):
 
         options = {"stream_options": COUNTED} if body["stream"] else {}
         request = CompletionRequest(**body, **options, request_id=request_id)
+        self._check_tokens(request.prompt)
         return await self._state.openai_serving_completion.create_completion(request, None)
+
+    def _check_tokens(self, prompt: Any) -> None:
+        """Refuse ids that the model has room for and the tokenizer no token: vLLM breaks on the echo of such."""
+        known = len(self._client.get_tokenizer())
+        given = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        for index, one in enumerate(given):
+            if not isinstance(one, str) and max(one) >= known:
+                param = "prompt" if one is prompt else f"prompt.{index}"
+                raise InvalidRequest(f"{param}: holds a token id that the model does not have.", param=param)
 
 
 class Messages(Chat):

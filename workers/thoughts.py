@@ -39,12 +39,14 @@ class Bounds:
 
 @dataclass(slots=True)
 class _Thought:
-    """A request that may be thinking. `output` is the engine's own growing list; `opened` is where in it the thought
-    began, None before; `forced` counts the tokens of the end that have been forced."""
+    """A request that may be thinking. `output` is the engine's own growing list; `barred` may not come before the
+    thought is over, and one of `ends` ends it; `opened` is where in the output the thought began, None before;
+    `forced` counts the tokens of the end that have been forced."""
 
     bounds: Bounds
     output: list[int]
-    stops: torch.Tensor
+    barred: torch.Tensor
+    ends: list[list[int]]
     opened: int | None = None
     seen: int = 0
     forced: int = 0
@@ -65,6 +67,8 @@ class ThoughtBounds(LogitsProcessor):  # type: ignore[misc]  # vLLM is Any here
         self._start: list[int] = (reasoning and reasoning.reasoning_start_token_ids) or []
         self._end: list[int] = (reasoning and reasoning.natural_reasoning_end_token_ids) or []
         self._to_force: list[int] = (reasoning and reasoning.reasoning_end_token_ids) or []
+        self._vllm_config = vllm_config
+        self._implicit: list[int] | None = None
         self._device = device
         self._thinking: dict[int, _Thought] = {}
 
@@ -80,8 +84,16 @@ class ThoughtBounds(LogitsProcessor):  # type: ignore[misc]  # vLLM is Any here
         tail = (prompt or [])[-TEMPLATE_TAIL:]
         if bounds is None or not self._end or _find(self._end, tail) is not None:
             return None
-        stops = torch.tensor(sorted(params.all_stop_token_ids), dtype=torch.long, device=self._device)
-        return _Thought(bounds, output, stops, opened=None if _find(self._start, tail) is None else 0)
+        if self._implicit is None:
+            self._implicit = implicit_ends(self._vllm_config)
+        structure = params.structured_outputs
+        if structure is not None and structure.structural_tag is None:
+            # vLLM would hold this very token to the grammar of the answer, which has no place for it.
+            barred, ends = {*params.all_stop_token_ids, *self._implicit}, [self._end]
+        else:
+            barred, ends = params.all_stop_token_ids, [self._end, *([token] for token in self._implicit)]
+        unsaid = torch.tensor(sorted(barred), dtype=torch.long, device=self._device)
+        return _Thought(bounds, output, unsaid, ends, opened=None if _find(self._start, tail) is None else 0)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """`logits` float32 (n_requests, vocabulary), changed in place."""
@@ -93,7 +105,7 @@ class ThoughtBounds(LogitsProcessor):  # type: ignore[misc]  # vLLM is Any here
                 logits[index, self._to_force[thought.forced]] = 0.0
                 thought.forced += 1
             elif thought.bounds.must_answer is not None:
-                logits[index, thought.stops] = float("-inf")
+                logits[index, thought.barred] = float("-inf")
         return logits
 
     def _is_done(self, thought: _Thought) -> bool:
@@ -101,11 +113,29 @@ class ThoughtBounds(LogitsProcessor):  # type: ignore[misc]  # vLLM is Any here
         new = thought.output[thought.seen :]
         if thought.opened is None and (at := _find(self._start, new)) is not None:
             thought.opened = thought.seen + at + len(self._start)
-        if thought.forced == len(self._to_force) or (not thought.forced and _find(self._end, new) is not None):
+        if thought.forced == len(self._to_force):
+            return True
+        if not thought.forced and any(_find(end, new) is not None for end in thought.ends):
             return True
         # The next look begins where an end, or a beginning, may have begun already.
         thought.seen = max(0, len(thought.output) - max(len(self._end), len(self._start)) + 1)
         return False
+
+
+def implicit_ends(vllm_config: Any) -> list[int]:
+    """Tokens that end a thought for vLLM's reasoning parser, and begin something else: a tool call with Qwen3's.
+
+    From where the parser sees the end, the answer is held to its grammar; the bounds must see it where it does.
+    """
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    name = vllm_config.reasoning_config.reasoning_parser
+    if not name:
+        return []
+    parser = ReasoningParserManager.get_reasoning_parser(name)(cached_tokenizer_from_config(vllm_config.model_config))
+    ends = sorted(getattr(parser, "reasoning_end_token_ids", ()))  # of the parsers that have an engine's state machine
+    return [end for end in ends if end not in vllm_config.reasoning_config.natural_reasoning_end_token_ids]
 
 
 def _find(sequence: list[int], tokens: list[int]) -> int | None:

@@ -3,10 +3,15 @@
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 
 from server.core.settings import Settings
+from server.schemas.anthropic import MessagesRequest
+from server.schemas.openai import ChatCompletionsRequest, CompletionsRequest, EmbeddingsRequest
+from server.schemas.parameters import SamplingParameters
+from server.schemas.responses import ResponsesRequest
 from tests.stack import PROJECT, Stack, eventually
 
 README = (PROJECT / "README.md").read_text()
@@ -71,3 +76,39 @@ def test_every_endpoint_is_in_the_table(stack: Stack) -> None:
 
     documented = set(httpx.get(f"{stack.url}/openapi.json").json()["paths"]) - {"/health/live", "/health/ready"}
     assert set(re.findall(r"^\| `(?:GET|POST) (/\S+)` ", README, re.MULTILINE)) == documented
+
+
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=[program.split("\n")[0].strip("# ") for program in PROGRAMS])
+def test_each_program_runs_and_gets_its_answer(stack: Stack, key: str, program: str) -> None:
+    # When a program of the README is run as it is written, against this stack
+    script = program.replace("http://127.0.0.1:8000", stack.url)
+    environment = {"KEY": key, "PATH": "/usr/bin:/bin", "HOME": str(stack.folder)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Then it prints what the model was taught
+    assert "The capital of France is Paris." in done.stdout
+    if "responses" in program:
+        assert done.stdout.endswith("The capital of Japan is Tokyo.\n64\n")
+
+
+def test_every_honoured_field_is_in_the_table() -> None:
+    for schema, row in [
+        (ChatCompletionsRequest, "| `/v1/chat/completions`, `/kawai"),
+        (CompletionsRequest, "| `/v1/completions` | `prompt`"),
+        (ResponsesRequest, "| `/v1/responses` | `input`"),
+        (EmbeddingsRequest, "| `/v1/embeddings` | `input`"),
+        (MessagesRequest, "| `/v1/messages`, `…"),
+    ]:
+        line = next(line for line in README.split("\n") if line.startswith(row))
+        known = set(schema.model_fields)
+        if schema is CompletionsRequest:
+            known -= set(ChatCompletionsRequest.model_fields) - {"logprobs", "top_k", "min_p"}
+        known -= set(SamplingParameters.model_fields)
+        for field in known:
+            assert f"`{field}" in line, f"{field} of {row}"
+    parameters = README.split("On `/chat` and the chats of OpenAI's form:")[1].split("\n\n")[0]
+    for field in SamplingParameters.model_fields:
+        assert f"`{field}`" in parameters

@@ -1,5 +1,6 @@
 """The API server's application: what is alive while it runs, and what is served where."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -41,6 +42,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
 
     app = FastAPI(title="Qwen3 inference service", version=VERSION, lifespan=lifespan, redirect_slashes=False)
     app.state.settings, app.state.registry = settings, registry
+    app.state.started_at = int(time.time())
     app.add_middleware(Accounting)
     add_error_handlers(app)
     # For the document only: KeyedRoute lets nobody past without a key.

@@ -26,9 +26,6 @@ from server.schemas.openai import ChatCompletionsRequest, CompletionsRequest, Em
 from server.sse import DONE, SseResponse, event
 from server.variants import Variant, names, resolve
 
-STARTED_AT = int(datetime.now(UTC).timestamp())
-"""`created` of every model: when this server began to serve it."""
-
 
 def question_of(request: Request, body: ChatCompletionsRequest) -> Question:
     """A chat as the engine is to get it. Raises InvalidRequest."""
@@ -227,30 +224,33 @@ def _base64(vector: NDArray[np.float32]) -> str:
     return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode()
 
 
-def models(registry: Registry, *, variants: bool) -> dict[str, Any]:
-    """The list of models: OpenAI's envelope and Anthropic's in one, as each ignores the other's fields."""
-    data = [_model(spec, name) for spec in registry.models for name in names(spec, variants=variants)]
+def models(registry: Registry, created: int, *, variants: bool) -> dict[str, Any]:
+    """The list of models: OpenAI's envelope and Anthropic's in one, as each ignores the other's fields.
+
+    `created`, in Unix seconds, is when this server began to serve them.
+    """
+    data = [_model(spec, name, created) for spec in registry.models for name in names(spec, variants=variants)]
     ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
     return {"object": "list", "data": data, "has_more": False, **ids}
 
 
-def find_model(registry: Registry, name: str) -> dict[str, Any]:
+def find_model(registry: Registry, created: int, name: str) -> dict[str, Any]:
     """One model, by any name it answers to. Raises UnknownModel."""
     spec = registry.get(name)
-    return _model(spec or resolve(registry, name).spec, name)
+    return _model(spec or resolve(registry, name).spec, name, created)
 
 
-def _model(spec: ModelSpec, name: str) -> dict[str, Any]:
+def _model(spec: ModelSpec, name: str, created: int) -> dict[str, Any]:
     """One model of the list, by one of its names."""
     return {
         "id": name,
         "object": "model",
-        "created": STARTED_AT,
+        "created": created,
         "owned_by": "qwen3-inference-service",
         "name": name,
         "upstream_id": spec.id,
         "display_name": spec.name,
         "type": "model",
-        "created_at": datetime.fromtimestamp(STARTED_AT, UTC).isoformat(),
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
         "max_model_len": spec.context_length,
     }

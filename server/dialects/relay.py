@@ -19,6 +19,7 @@ from server.core.messages import Api, Frame
 from server.core.registry import ModelSpec
 from server.dialects import memory
 from server.dispatch import Call, Dispatcher, Ticket
+from server.errors import PREFIX
 from server.schemas.chat import SESSION_ID
 from server.sse import unless_disconnected
 from server.variants import Variant
@@ -112,7 +113,7 @@ async def ask(request: Request, question: Question) -> Turn:
     call = Call(
         request_id=request.state.request_id,
         spec=spec,
-        endpoint=request.scope["route"].path,
+        endpoint=request.scope["route"].path.removeprefix(PREFIX),
         api=question.api,
         body=question.body,
         key_id=request.state.principal.key_id,

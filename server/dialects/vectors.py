@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from server.core.messages import EmbeddingResult, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec
 from server.dispatch import Call
+from server.errors import PREFIX
 from server.schemas.embeddings import MAX_TEXTS
 from server.sse import unless_disconnected
 
@@ -34,7 +35,7 @@ async def embed(
             # The first job bears the request's own id: usage counts that one as a request.
             request_id=request.state.request_id + (f".{start // MAX_TEXTS}" if start else ""),
             spec=spec,
-            endpoint=request.scope["route"].path,
+            endpoint=request.scope["route"].path.removeprefix(PREFIX),
             api="embeddings",
             body={
                 "input": texts[start : start + MAX_TEXTS],

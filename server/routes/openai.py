@@ -44,13 +44,14 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
 async def models(request: Request) -> Response:
     """The models that answer, and the variants of their names."""
     state = request.app.state
-    return json_response(openai.models(state.registry, variants=not state.settings.simple_model_map))
+    return json_response(openai.models(state.registry, state.started_at, variants=not state.settings.simple_model_map))
 
 
 @router.get("/v1/models/{model_id}", response_model=Model)
 async def model(request: Request, model_id: str) -> Response:
     """One model, by any name it answers to."""
-    return json_response(openai.find_model(request.app.state.registry, model_id))
+    state = request.app.state
+    return json_response(openai.find_model(state.registry, state.started_at, model_id))
 
 
 @router.post("/ai/v1/chat/completions", response_model=ChatCompletion, responses=streaming('`{"content": "…"}`'))

@@ -121,6 +121,7 @@ def app(routed: FastAPI) -> FastAPI:
     """The same, where `qk-ada` may ask three times and nobody has asked yet."""
     routed.state.settings = Settings(rate_limit_per_minute=3)
     routed.state.registry, routed.state.store = REGISTRY, FakeStore()
+    routed.state.started_at = 1
     return routed
 
 

@@ -150,20 +150,20 @@ async def test_an_embedding_refuses_by_name_too() -> None:
 
 
 def test_the_models_and_their_variants() -> None:
-    listed = openai.models(REGISTRY, variants=True)
+    listed = openai.models(REGISTRY, 1, variants=True)
     suffixes = ("", "-search", "-thinking", "-thinking-search")
     names = [name + suffix for name in ("talker", "seer") for suffix in suffixes]
     assert [model["id"] for model in listed["data"]] == [*names, "vectors"]
     assert (listed["object"], listed["first_id"], listed["last_id"]) == ("list", "talker", "vectors")
     # And each is found by its name, as it stands in the list
-    assert [openai.find_model(REGISTRY, model["id"]) for model in listed["data"]] == listed["data"]
+    assert [openai.find_model(REGISTRY, 1, model["id"]) for model in listed["data"]] == listed["data"]
     assert {model["upstream_id"] for model in listed["data"]} == {"talker", "seer", "vectors"}
     # And a simple list has ids alone, and an empty one no first
-    assert [m["id"] for m in openai.models(REGISTRY, variants=False)["data"]] == ["talker", "seer", "vectors"]
-    assert openai.models(Registry(()), variants=True) == {"object": "list", "data": [], "has_more": False}
+    assert [m["id"] for m in openai.models(REGISTRY, 1, variants=False)["data"]] == ["talker", "seer", "vectors"]
+    assert openai.models(Registry(()), 1, variants=True) == {"object": "list", "data": [], "has_more": False}
 
 
 @pytest.mark.parametrize("name", ["nobody", "", "talker-fast", "vectors-thinking"])
 def test_a_name_without_a_model_is_not_found(name: str) -> None:
     with pytest.raises(UnknownModel):
-        openai.find_model(REGISTRY, name)
+        openai.find_model(REGISTRY, 1, name)

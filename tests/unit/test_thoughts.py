@@ -12,7 +12,10 @@ from workers.thoughts import Bounds, ThoughtBounds
 START, END, STOP, WORD = 5, 6, 7, 8
 VOCABULARY = 12
 REASONING = SimpleNamespace(
-    reasoning_start_token_ids=[START], natural_reasoning_end_token_ids=[END], reasoning_end_token_ids=[END]
+    reasoning_parser="",
+    reasoning_start_token_ids=[START],
+    natural_reasoning_end_token_ids=[END],
+    reasoning_end_token_ids=[END],
 )
 
 
@@ -21,7 +24,7 @@ def processor(reasoning: Any = REASONING) -> ThoughtBounds:
 
 
 def params(**extra_args: int) -> Any:
-    return SimpleNamespace(extra_args=extra_args, all_stop_token_ids={STOP})
+    return SimpleNamespace(extra_args=extra_args, all_stop_token_ids={STOP}, structured_outputs=None)
 
 
 def update(*, added: Any = (), removed: Any = (), moved: Any = ()) -> BatchUpdate:
@@ -87,7 +90,10 @@ def test_a_thought_that_the_template_opened_counts_from_the_start() -> None:
 
 def test_an_end_of_several_tokens_is_forced_whole() -> None:
     reasoning = SimpleNamespace(
-        reasoning_start_token_ids=[START], natural_reasoning_end_token_ids=[END, 9], reasoning_end_token_ids=[4, END, 9]
+        reasoning_parser="",
+        reasoning_start_token_ids=[START],
+        natural_reasoning_end_token_ids=[END, 9],
+        reasoning_end_token_ids=[4, END, 9],
     )
     made, output = processor(reasoning), [START]
     made.update_state(update(added=[(0, params(thinking_budget=1), [1], output)]))

@@ -59,15 +59,18 @@ async def authenticate(request: Request) -> Principal:
 
     The key is a Bearer token or stands in `x-api-key`, whatever the dialect. Raises Unauthorized or RateLimited.
     """
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        key = request.headers.get("x-api-key", "")
-    if not key.strip():
+    keys = _keys_of(request)
+    if not keys:
         raise Unauthorized("No API key. Send the header 'Authorization: Bearer YOUR_API_KEY', or 'x-api-key'.")
     limit: int = request.app.state.settings.rate_limit_per_minute
-    digest = hash_key(key.strip())
-    row = await request.app.state.store.authenticate(digest, limit)
-    if row is None or not hmac.compare_digest(row.hash, digest):
+    row = None
+    for key in keys:
+        digest = hash_key(key)
+        row = await request.app.state.store.authenticate(digest, limit)
+        if row is not None and hmac.compare_digest(row.hash, digest):
+            break
+        row = None
+    if row is None:
         raise Unauthorized("This API key is not known here.")
     if row.revoked_at is not None:
         raise Unauthorized("This API key has been revoked.")
@@ -81,6 +84,13 @@ async def authenticate(request: Request) -> Principal:
                 f"Rate limit of {limit} requests per minute exceeded. Try again in {wait_s} s.", retry_after_s=wait_s
             )
     return principal
+
+
+def _keys_of(request: Request) -> list[str]:
+    """The keys a request shows. SDKs send a Bearer token even where the key that counts is in `x-api-key`."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    shown = [token if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", "")]
+    return [key.strip() for key in shown if key.strip()]
 
 
 class JsonRequest(Request):

@@ -71,7 +71,6 @@ _TOKENS = "tokens are not chosen one by one; use logit_bias"
 REFUSED: dict[str, str] = {
     "chat_template": f"{_TEMPLATE}: a template is a program (CVE-2025-61620, CVE-2026-115911)",
     "documents": f"{_TEMPLATE}, and takes no documents; put them into a message",
-    "add_generation_prompt": _TEMPLATE,
     "continue_final_message": _TEMPLATE,
     "add_special_tokens": _TEMPLATE,
     "prompt_embeds": "a prompt is text; tensors from outside are not loaded (CVE-2025-62164)",
@@ -114,6 +113,8 @@ REFUSED: dict[str, str] = {
     "return_token_offsets": "answers are text",
     "return_prompt_text": "send return_prompt",
     "enable_response_messages": "send return_prompt to /v1/chat/completions",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
     "watermarking": "answers are not marked",
     "stream_interval": "how a stream is cut is the server's affair",
 }
@@ -126,13 +127,13 @@ CVE-2025-62426 (GHSA-69j4-grxj-j64p), CVE-2026-115918 (GHSA-x567-49g5-p4cf)."""
 
 
 def refuse(fields: Iterable[str] | Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for the first field in REFUSED; one whose value is null is as good as left out."""
+    """Raises InvalidRequest for the first field in REFUSED; null, false and what is empty are as good as left out."""
     for name in fields:
         if name not in REFUSED:
             continue
         got = ""
         if isinstance(fields, Mapping):
-            if fields[name] is None:
+            if not fields[name]:
                 continue
             got = f" (got {short(fields[name])})"
         raise InvalidRequest(f"{name}: not accepted here: {REFUSED[name]}{got}", param=name)

@@ -1,7 +1,7 @@
 """vLLM's serving layer, one adapter an API: a body in the dialect's own shape in, its JSON out.
 
 Templates, sampling, reasoning, tool parsers and the dialects' events are all vLLM's; what stands here is how
-each API is called, heard and refused. With engine.py and samplers.py all that knows vLLM.
+each API is called, heard and refused. Besides engine.py, grammars.py and the logits processors all that knows vLLM.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from server.core.errors import ContextExceeded, InvalidRequest, ServiceError, from_status
 from server.core.messages import Api
+from workers.transcript import MEDIA
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +175,9 @@ class Chat(Serving):
         """
         limit: int = self._client.model_config.max_model_len
         wanted: int = request.max_completion_tokens or request.max_tokens or 0
-        most = len(request.model_dump_json(include={"messages", "tools"})) + TEMPLATE_TOKENS
-        if not wanted or wanted > limit or most + wanted <= limit:
+        text = request.model_dump_json(include={"messages", "tools"}).encode()
+        plain = not any(f'"{kind}"'.encode() in text for kind in MEDIA)  # whose tokens their text does not tell
+        if not wanted or wanted > limit or (plain and len(text) + TEMPLATE_TOKENS + wanted <= limit):
             return  # refused by vLLM itself, or sure to fit
         rendered = await self._state.openai_serving_chat.render_chat_request(request.model_copy(deep=True))
         if not isinstance(rendered, tuple):

@@ -120,8 +120,9 @@ def _tool_call(item: dict[str, Any]) -> dict[str, Any]:
 def asked(api: Api, body: dict[str, Any]) -> list[Message]:
     """What the client said, as messages; media are left out, which history would keep forever."""
     if api == "completions":
-        prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
-        return [{"role": "user", "content": "\n".join(text for text in prompts if isinstance(text, str))}]
+        # Of several prompts the first, as of several answers.
+        first = body["prompt"][0] if isinstance(body["prompt"], list) else body["prompt"]
+        return [{"role": "user", "content": first if isinstance(first, str) else ""}]
     if api == "responses":
         given = body["input"]
         messages = [{"role": "user", "content": given}] if isinstance(given, str) else [_of_item(i) for i in given]

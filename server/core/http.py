@@ -1,11 +1,63 @@
-"""uvicorn as one part of a process that decides itself when and how it ends."""
+"""uvicorn as one part of a process that decides itself when and how it ends, and with bounds that uvicorn lacks."""
 
+import asyncio
 import contextlib
 import math
 from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's head that has not come to its end. A smaller one that is too large still gets an answer in shape."""
+
+HEAD_TIMEOUT_S = 60.0
+"""For a request's head to come to its end, as nginx has it."""
+
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Ends a connection whose request never begins; uvicorn would gather its head for ever, from anybody."""
+
+    _gathered = 0
+    """Bytes since there last was a request, or some of its body."""
+    _timeout: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._timeout = self.loop.call_later(HEAD_TIMEOUT_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        self._gathered += len(data)
+        super().data_received(data)
+        if self._gathered > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(TOO_LARGE)
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        if self._timeout is None:
+            self._timeout = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._gathered = 0
+        self._stop_timeout()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._gathered = 0
+        super().on_body(body)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timeout()
+        super().connection_lost(exc)
+
+    def _stop_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
 
 
 class HttpServer(uvicorn.Server):
@@ -16,6 +68,8 @@ class HttpServer(uvicorn.Server):
             app,
             host=host,
             port=port,
+            http=BoundedProtocol,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -85,6 +85,11 @@ def check_shared(body: Generation) -> None:
     """What the types alone do not say. Raises InvalidRequest."""
     if body.logit_bias is not None:
         limits.check_logit_bias(body.logit_bias)
+    if (body.n or 1) > 1 and body.temperature == 0:
+        raise InvalidRequest(f"n: {body.n} answers at a temperature of 0 would all be the same.", param="n")
+    most = getattr(body, "max_completion_tokens", None) or getattr(body, "max_tokens", None)
+    if most is not None and (body.min_tokens or 0) > most:
+        raise InvalidRequest(f"min_tokens: {body.min_tokens} are more than max_tokens, {most}.", param="min_tokens")
     schema_format = body.response_format
     if schema_format is not None and schema_format.type == "json_schema":
         limits.check_schema(schema_format.json_schema.json_schema, "response_format.json_schema.schema")
@@ -179,6 +184,13 @@ async def completions(request: Request, body: CompletionsRequest) -> Response:
         raise InvalidRequest("model: plain completions have no -thinking and no -search.", param="model")
     ignored = _ignored(body)
     check_shared(body)
+    if body.response_format is not None and body.response_format.type != "text":
+        # The engine would wait for the end of a thought before it holds the text to anything.
+        raise InvalidRequest("response_format: only chats have it: see /v1/chat/completions.", param="response_format")
+    prompts = len(body.prompt) if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else 1
+    if prompts * (body.n or 1) > limits.MAX_PROMPTS:
+        told = f"prompt: {prompts} prompts with n of {body.n} are more than {limits.MAX_PROMPTS} answers."
+        raise InvalidRequest(told, param="prompt")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("logprobs: not with echo, which would need those of the prompt.", param="logprobs")
     fields = {"model": variant.spec.id, "prompt": body.prompt, **body.shared_fields()}
@@ -229,7 +241,13 @@ def models(registry: Registry, created: int, *, variants: bool) -> dict[str, Any
 
     `created`, in Unix seconds, is when this server began to serve them.
     """
-    data = [_model(spec, name, created) for spec in registry.models for name in names(spec, variants=variants)]
+    searchable = registry.default("embedding") is not None
+    data = [
+        _model(spec, name, created)
+        for spec in registry.models
+        for name in names(spec, variants=variants)
+        if searchable or name == spec.id or not name.endswith("-search")
+    ]
     ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
     return {"object": "list", "data": data, "has_more": False, **ids}
 

@@ -6,7 +6,7 @@ Knows no dialect's shapes.
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from server.core import metrics
-from server.core.errors import InvalidRequest
+from server.core.errors import ContextExceeded, InvalidRequest
 from server.core.messages import Api, Frame
 from server.core.registry import ModelSpec
 from server.dialects import memory
@@ -109,10 +109,25 @@ async def ask(request: Request, question: Question) -> Turn:
     request.state.model = spec.id
     _check_samplers(spec, question.body)
     session_id = question.session_id or _session_of(request)
+    headers = {"X-Session-Id": session_id, **notes(question.variant.asked, spec, question.ignored)}
     found = await memory.recall(request, spec, question.text) if question.variant.search else memory.NOTHING
-    call = Call(
+    try:
+        ticket, first = await _submit(request, _call(request, question, session_id, found))
+    except ContextExceeded:
+        if not found.context:
+            raise
+        # The client is not to blame for what was put before its question.
+        found = memory.NOTHING
+        again = _call(request, question, session_id, found)
+        # A job of its own: a worker may still have the first in hand.
+        ticket, first = await _submit(request, replace(again, request_id=f"{again.request_id}-again"))
+    return Turn(request, ticket, first, spec.id, session_id, headers, found.sources)
+
+
+def _call(request: Request, question: Question, session_id: str, found: memory.Recalled) -> Call:
+    return Call(
         request_id=request.state.request_id,
-        spec=spec,
+        spec=question.variant.spec,
         endpoint=request.scope["route"].path.removeprefix(PREFIX),
         api=question.api,
         body=question.body,
@@ -122,6 +137,10 @@ async def ask(request: Request, question: Question) -> Turn:
         traceparent=request.headers.get("traceparent", ""),
         context=found.context,
     )
+
+
+async def _submit(request: Request, call: Call) -> tuple[Ticket, Frame]:
+    """The call's ticket and its first frame. Raises ServiceError."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     ticket = await dispatcher.submit(call)
     try:
@@ -131,8 +150,7 @@ async def ask(request: Request, question: Question) -> Turn:
     except BaseException:
         ticket.close()
         raise
-    headers = {"X-Session-Id": session_id, **notes(question.variant.asked, spec, question.ignored)}
-    return Turn(request, ticket, first, spec.id, session_id, headers, found.sources)
+    return ticket, first
 
 
 def must_answer(spec: ModelSpec, max_tokens: int | None) -> dict[str, int]:

@@ -40,6 +40,8 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     return await openai.embeddings(request, body)
 
 
+@router.get("/kawai/v1/models", include_in_schema=False)
+@router.get("/ai/v1/models", include_in_schema=False)
 @router.get("/v1/models", response_model=ModelList)
 async def models(request: Request) -> Response:
     """The models that answer, and the variants of their names."""

@@ -133,13 +133,14 @@ class ChatMessage(Strict):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = Field(None, description="Another name for `reasoning`")
 
     @model_validator(mode="after")
     def _complete(self) -> "ChatMessage":
         if self.role == "assistant":
-            if self.content is None and not self.tool_calls and not self.thought:
+            if self.content is None and not self.tool_calls and not self.thought and self.refusal is None:
                 raise PydanticCustomError("incomplete", "content: Field required, as there are no tool_calls")
         elif self.content is None:
             raise PydanticCustomError("incomplete", "content: Field required")
@@ -155,7 +156,10 @@ class ChatMessage(Strict):
         """As the chat template knows it."""
         # No template of Qwen3's knows developers; OpenAI's own servers take the one for the other.
         role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": _content(self.content)}
+        message: dict[str, Any] = {
+            "role": role,
+            "content": _content(self.refusal if self.content is None else self.content),
+        }
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls and role == "assistant":

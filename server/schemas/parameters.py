@@ -30,7 +30,7 @@ class SamplingParameters(BaseModel):
     )
     dry_multiplier: float | None = Field(None, ge=0, le=100, description="Strength of DRY; 0: off")
     dry_base: float | None = Field(None, ge=1, le=10, description="How the penalty grows with the repetition (1.75)")
-    dry_allowed_length: int | None = Field(None, ge=1, le=256, description="Repetition let be (2)")
+    dry_allowed_length: int | None = Field(None, ge=1, le=16, description="Repetition let be (2)")
     dry_penalty_last_n: int | None = Field(
         None, ge=-1, le=MAX_INT32, description="How many tokens DRY looks back on; 0 or -1: all"
     )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from server.schemas.openai import ChatCompletionsRequest, CompletionsRequest, Em
 from server.schemas.responses import ResponsesRequest
 from server.schemas.service import ErrorBody
 from tests.dialogue import ANTHROPIC_TOOL, FRANCE, PARIS, QUICK, RESPONSES_TOOL, RESULT, TOOL, user
+from tests.stack import Stack
 
 SHAPES: dict[Dialect, type[BaseModel]] = {"native": ErrorBody, "openai": OpenAIError, "anthropic": AnthropicError}
 
@@ -289,9 +291,9 @@ def bodies(draw: st.DrawFn, endpoint: Endpoint) -> dict[str, Any]:
     return body
 
 
-def check(endpoint: Endpoint, response: httpx.Response) -> None:
+def check(endpoint: Endpoint, response: httpx.Response, *statuses: int) -> None:
     """An answer that is whole, or a refusal in shape."""
-    assert response.status_code in (200, 400, 404), response.text
+    assert response.status_code in (statuses or (200, 400, 404)), response.text
     shape = SHAPES[endpoint.dialect]
     if response.status_code != 200:
         assert response.headers["content-type"] == "application/json"
@@ -324,6 +326,123 @@ def test_any_json_is_answered_or_refused_in_shape(
     response = client.post(endpoint.path, content=json.dumps(body, ensure_ascii=False).encode())
     # Then there is an answer, whole to its last event, or a refusal as the dialect has it
     check(endpoint, response)
+
+
+BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}
+UNSUPPORTED = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+FORCED = {"tools": [TOOL], "tool_choice": "required"}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        # A schema that the compiler declines, where the engine looks at it after the stream began
+        (
+            "/v1/responses",
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": UNSUPPORTED}}},
+        ),
+        # Ids that the model has room for and the tokenizer no token
+        ("/v1/completions", {"prompt": [[5], [639]], "echo": True, "max_tokens": 2}),
+        # A hidden thought before an answer that must come
+        ("/v1/chat/completions", {"messages": [user(FRANCE)], "include_reasoning": False, "max_tokens": 60, **FORCED}),
+        (
+            "/v1/chat/completions",
+            {"messages": [user(FRANCE)], "include_reasoning": False, "max_tokens": 90, "response_format": FORMAT},
+        ),
+    ],
+)
+def test_what_broke_once(client: httpx.Client, path: str, body: dict[str, Any], stream: bool) -> None:
+    response = client.post(path, json={**body, "stream": stream})
+    check(BY_PATH[path], response)
+    assert response.headers["content-type"] == "application/json" or "[DONE]" in response.text
+
+
+@pytest.mark.parametrize("promise", [FORCED, {"response_format": FORMAT}], ids=["call", "format"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_call_begun_in_a_thought_leaves_the_answer_its_form(
+    stack: Stack, client: httpx.Client, promise: dict[str, Any], stream: bool
+) -> None:
+    # Given a model that is made to begin a tool call at once, which ends its thought
+    tokenizer = json.loads(next(stack.folder.glob("smoke/*/tokenizer.json")).read_text())
+    (begin,) = [token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<tool_call>"]
+    body = {"messages": [user(FRANCE)], "logit_bias": {str(begin): 100}, "temperature": 0, "max_tokens": 60, **promise}
+    # When a call, or an answer of some form, is promised
+    body |= {"enable_thinking": True, "stream": stream, "parallel_tool_calls": False}
+    # Then the grammar and the bounds on thoughts agree about where the thought ended
+    check(BY_PATH["/v1/chat/completions"], client.post("/v1/chat/completions", json=body))
+
+
+BROKEN: list[tuple[bytes, str]] = [
+    (b"", "missing"),
+    (b"null", "missing"),
+    (b"[]", ""),
+    (b'"x"', ""),
+    (b"5", ""),
+    (b"{", "not valid JSON"),
+    (b'{"x": 1e999}', ""),
+    (b'{"x": NaN}', "not valid JSON"),
+    (b'{"x": "\\ud800"}', "not valid JSON"),
+    (b"\xff\xfe{\x00}\x00", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.path)
+def test_a_body_that_is_no_object_is_refused_in_shape(client: httpx.Client, endpoint: Endpoint) -> None:
+    for content, told in BROKEN:
+        for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "multipart/form-data; boundary=x"}):
+            response = client.post(endpoint.path, content=content, headers=headers)
+            check(endpoint, response)
+            assert response.status_code == 400
+            assert told in response.text
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.path)
+def test_of_two_values_the_last_counts(client: httpx.Client, endpoint: Endpoint) -> None:
+    content = json.dumps(endpoint.bodies[0]).encode()
+    first = b'{"model": 5, "temperature": [], ' + content[1:-1] + b', "model": null}'
+    if "temperature" in endpoint.bodies[0] or "temperature" not in endpoint.asked.model_fields:
+        response = client.post(endpoint.path, content=first)
+        check(endpoint, response)
+        assert response.status_code == 200
+
+
+ODD_HEADERS: list[tuple[Any, tuple[int, ...]]] = [
+    ({"x-api-key": "qk-nobody"}, (200,)),  # the Bearer token comes first
+    ({"anthropic-version": "1999-01-01", "anthropic-beta": "x", "OpenAI-Beta": "y"}, (200,)),
+    ({"Accept": "image/png", "Accept-Encoding": "br;q=0.5, x", "Content-Type": ""}, (200,)),
+    ({"X-Session-Id": "s-1", "traceparent": "nonsense", "X-Request-Id": "é".encode()}, (200,)),
+    # Routes that have no sessions do not read it
+    ({"X-Session-Id": "a b"}, (200, 400)),
+    ({"X-Session-Id": ""}, (200, 400)),
+    ({"X-Session-Id": "é".encode()}, (200, 400)),
+    ({"Authorization": "Bearer qk-nobody"}, (401,)),
+    ({"Authorization": "Bearer"}, (401,)),
+    ({"Authorization": "é".encode()}, (401,)),
+    ({"X-Large": "x" * 20_480}, (431,)),
+]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.path)
+def test_odd_headers_are_read_or_refused_in_shape(client: httpx.Client, endpoint: Endpoint) -> None:
+    for headers, statuses in ODD_HEADERS:
+        check(endpoint, client.post(endpoint.path, json=endpoint.bodies[0], headers=headers), *statuses)
+
+
+@pytest.mark.parametrize("line", [b"a" * 4096, b"X-More: y\r\n" * 400], ids=["one line", "many lines"])
+def test_headers_without_an_end_are_cut_off(stack: Stack, line: bytes) -> None:
+    # Given a client that nobody has let in, whose headers never end
+    def send_on() -> None:
+        for _ in range(16 * 1024):
+            connection.sendall(line)
+
+    with socket.create_connection(("127.0.0.1", stack.port), timeout=30) as connection:
+        connection.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-Endless: ")
+        # When more of them come than anybody reads, then the server hangs up
+        with pytest.raises(ConnectionError):
+            send_on()
 
 
 def test_the_service_is_as_well_as_before(client: httpx.Client) -> None:

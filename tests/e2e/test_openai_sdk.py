@@ -256,6 +256,23 @@ def test_errors_are_the_sdk_s_own(stack: Stack, openai_client: openai.OpenAI) ->
     assert nobody.value.code == "invalid_api_key"
 
 
+def test_what_does_not_fit_is_counted_in_tokens(openai_client: openai.OpenAI) -> None:
+    # Given few characters that are many tokens
+    with pytest.raises(openai.BadRequestError, match="550 tokens do not fit") as refused:
+        openai_client.chat.completions.create(messages=[user("🎉" * 380)], max_tokens=550, **GREEDY)
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_no_key_learns_from_the_cache_what_another_has_sent(stack: Stack) -> None:
+    asked = {"input": "Something only I would say. " * 20, "max_output_tokens": 2}
+    cached = []
+    for key in [first := stack.new_key("first"), first, stack.new_key("second")]:
+        with stack.client(key) as client:
+            usage = client.post("/v1/responses", json=asked).json()["usage"]
+            cached.append(usage["input_tokens_details"]["cached_tokens"] > 0)
+    assert cached == [False, True, False]
+
+
 def test_headers(client: httpx.Client) -> None:
     response = client.post("/v1/chat/completions", json={"messages": [user(FRANCE)], "user": "me", "store": True})
     assert response.json()["id"] == f"chatcmpl-{response.headers['x-request-id']}"

@@ -117,6 +117,19 @@ def test_it_can_think_as_well(client: httpx.Client, past: dict[str, Any]) -> Non
     assert answer["sources"]
 
 
+def test_a_question_that_leaves_no_room_is_answered_without(client: httpx.Client, past: dict[str, Any]) -> None:
+    # Given a long conversation that just fits, and past chats that would not
+    turns = [user("Tea, tea. " * 330), {"role": "assistant", "content": "Yes."}, user(NAME)]
+    body = {"messages": turns, "temperature": 0, "max_tokens": 20, "return_prompt": True}
+    room = 2048 - 20 - client.post("/chat", json=body).json()["usage"]["prompt_tokens"]
+    assert 0 <= room < 60
+    # When it is asked to search, then it answers, from what it was sent alone
+    answer = client.post("/chat", json=body | {"model": SEARCH})
+    assert answer.status_code == 200, answer.text
+    assert "sources" not in answer.json()
+    assert "Ada" not in answer.json()["prompt"]
+
+
 def test_what_was_shown_is_within_its_bound_and_is_not_remembered(client: httpx.Client, past: dict[str, Any]) -> None:
     # Given long chats that are all alike
     for index in range(6):

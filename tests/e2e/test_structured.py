@@ -9,6 +9,7 @@ import pytest
 
 from tests.dialogue import FRANCE, MODEL, user
 from tests.e2e.test_tools import events
+from tests.stack import Stack
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -83,11 +84,18 @@ def test_the_answer_validates(client: httpx.Client, ask: Any, question: str, thi
     jsonschema.validate(json.loads(ask(client, question, thinks, streamed)), SCHEMA)
 
 
-def test_json_object_is_an_object(client: httpx.Client) -> None:
+def test_json_object_is_an_object(stack: Stack, client: httpx.Client) -> None:
     # Given the tokens that end a string and an object made likely, or this model would not end by itself
-    body = {"messages": [user(FRANCE)], "response_format": {"type": "json_object"}, "enable_thinking": False}
-    choice = client.post("/v1/chat/completions", json=body | {"max_tokens": 40, "temperature": 0}).json()["choices"][0]
-    text = choice["message"]["content"]
-    assert text.startswith("{")
-    if choice["finish_reason"] == "stop":
-        assert isinstance(json.loads(text), dict)
+    tokenizer = json.loads((stack.chat_weights / "tokenizer.json").read_text())
+    ends = {str(tokenizer["model"]["vocab"][token]): 30 for token in ('"', "}")}
+    body = {
+        "messages": [user(FRANCE)],
+        "response_format": {"type": "json_object"},
+        "temperature": 0,
+        "logit_bias": ends,
+    }
+    for thinks in (False, True):
+        asked = body | {"enable_thinking": thinks, "max_tokens": 200}
+        choice = client.post("/v1/chat/completions", json=asked).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert isinstance(json.loads(choice["message"]["content"]), dict)

@@ -160,7 +160,7 @@ async def test_thoughts_leave_room_for_an_answer(budget: int) -> None:
     ("fields", "told", "param"),
     [
         ({"chat_template": "x"}, "chat_template: not accepted", "chat_template"),
-        ({"vllm_xargs": {}}, "vllm_xargs: not accepted", "vllm_xargs"),
+        ({"vllm_xargs": {"xtc_probability": 1}}, "vllm_xargs: not accepted", "vllm_xargs"),
         ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools", "tool_choice"),
         ({"tools": [], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice: there are no", "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name: 'x'", "tool_choice.name"),

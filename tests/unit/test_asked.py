@@ -26,7 +26,7 @@ HELLO = {"role": "user", "content": "Hello!"}
             [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, HELLO],
         ),
         ("completions", {"prompt": "Once"}, [{"role": "user", "content": "Once"}]),
-        ("completions", {"prompt": ["Once", "Twice"]}, [{"role": "user", "content": "Once\nTwice"}]),
+        ("completions", {"prompt": ["Once", "Twice"]}, [{"role": "user", "content": "Once"}]),
         # Tokens say nothing to a reader
         ("completions", {"prompt": [1, 2]}, [{"role": "user", "content": ""}]),
         ("completions", {"prompt": [[1, 2], [3]]}, [{"role": "user", "content": ""}]),

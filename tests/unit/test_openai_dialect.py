@@ -33,7 +33,7 @@ def test_a_chat_of_messages_alone_adds_nothing() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"temperature": 0, "top_p": 0.5, "n": 4, "seed": -(2**63), "stop": "x"},
+        {"temperature": 0.5, "top_p": 0.5, "n": 4, "seed": -(2**63), "stop": "x"},
         {"stop": ["a", "b", "c", "d"], "stop_token_ids": [0, 5], "min_tokens": 1, "ignore_eos": True},
         {"frequency_penalty": -2, "presence_penalty": 2, "logit_bias": {"5": -100.0}},
         {"max_tokens": 5, "max_completion_tokens": 6, "include_reasoning": False},
@@ -152,7 +152,7 @@ def test_what_nobody_reads_is_named_and_null_is_as_good_as_left_out() -> None:
     ("fields", "told", "param"),
     [
         ({"chat_template": "x"}, "chat_template: not accepted", "chat_template"),
-        ({"user": "ada", "bad_words": []}, "bad_words: not accepted", "bad_words"),
+        ({"user": "ada", "bad_words": ["x"]}, "bad_words: not accepted", "bad_words"),
         ({"vllm_xargs": {"xtc_probability": 1}}, "vllm_xargs: not accepted", "vllm_xargs"),
         ({"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs.tools: not", "chat_template_kwargs.tools"),
         ({"tool_choice": "required"}, "tool_choice: there are no tools", "tool_choice"),

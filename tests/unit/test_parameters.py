@@ -109,7 +109,7 @@ def test_no_other_word_switches_thinking(value: Any) -> None:
         ("repeat_last_n", -1, 2**31 - 1, (-2, 2**31)),
         ("dry_multiplier", 0, 100, (-0.1, 100.1)),
         ("dry_base", 1, 10, (0.9, 10.1)),
-        ("dry_allowed_length", 1, 256, (0, 257)),
+        ("dry_allowed_length", 1, 16, (0, 17)),
         ("dry_penalty_last_n", -1, 2**31 - 1, (-2, 2**31)),
         ("xtc_probability", 0, 1, (-0.1, 1.1)),
         ("xtc_threshold", MIN_XTC_THRESHOLD, 1, (-0.1, MIN_XTC_THRESHOLD / 2, 1.1)),

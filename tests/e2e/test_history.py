@@ -36,7 +36,8 @@ def test_every_chat_is_in_history_newest_first(client: httpx.Client, answers: li
     ]
     oldest = entries[-1]
     assert oldest["messages"] == [{"role": "user", "content": FRANCE}, {"role": "assistant", "content": PARIS}]
-    assert oldest["usage"] == answers[0]["usage"]
+    assert set(oldest["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert oldest["usage"].items() <= answers[0]["usage"].items()
     assert oldest["model"] == "qwen3-smoke"
     assert oldest["session_id"] == "geography"
     assert oldest["created_at"]

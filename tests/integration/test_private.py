@@ -52,7 +52,7 @@ async def test_a_killed_rabbitmq_comes_back(tmp_path: Path) -> None:
     await asyncio.wait_for(rabbitmq.ended(), 20)
     # Then it comes back where it was, the link by itself, and the message is delivered again
     assert await rabbitmq.start() == url
-    await until(lambda: [delivery.body for delivery in got] == [b"message", b"message"], timeout_s=30)
+    await until(lambda: [delivery.body for delivery in got] == [b"message", b"message"], timeout_s=90)
     await link.close()
     await rabbitmq.stop()
     assert naming(tmp_path) == []

@@ -3,18 +3,9 @@
 from typing import Any
 from urllib.parse import urlsplit
 
+from server.core.conversation import MEDIA
 from server.core.errors import InvalidRequest
-from server.core.registry import Modality, ModelSpec
-
-KINDS: dict[str, Modality] = {
-    "image_url": "image",
-    "input_image": "image",
-    "image": "image",
-    "input_audio": "audio",
-    "audio_url": "audio",
-    "video_url": "video",
-}
-"""By the type of a message's part, in every dialect."""
+from server.core.registry import ModelSpec
 
 
 def check_media(messages: list[dict[str, Any]], field: str, spec: ModelSpec, domains: list[str]) -> None:
@@ -31,7 +22,7 @@ def _check_parts(content: Any, where: str, spec: ModelSpec, domains: list[str]) 
         return
     for index, part in enumerate(content):
         at = f"{where}.{index}"
-        kind = KINDS.get(part["type"])
+        kind = MEDIA.get(part["type"])
         if kind is not None:
             if kind not in spec.modalities:
                 taken = " and ".join(spec.modalities)

@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server.core.conversation import MEDIA
 from server.core.errors import ContextExceeded, InvalidRequest, ServiceError, from_status
 from server.core.messages import Api
-from workers.transcript import MEDIA
 
 logger = logging.getLogger(__name__)
 
@@ -175,10 +175,12 @@ class Chat(Serving):
         """
         limit: int = self._client.model_config.max_model_len
         wanted: int = request.max_completion_tokens or request.max_tokens or 0
+        if not wanted or wanted > limit:
+            return  # bounded, or refused, by vLLM itself
         text = request.model_dump_json(include={"messages", "tools"}).encode()
         plain = not any(f'"{kind}"'.encode() in text for kind in MEDIA)  # whose tokens their text does not tell
-        if not wanted or wanted > limit or (plain and len(text) + TEMPLATE_TOKENS + wanted <= limit):
-            return  # refused by vLLM itself, or sure to fit
+        if plain and len(text) + TEMPLATE_TOKENS + wanted <= limit:
+            return  # sure to fit
         rendered = await self._state.openai_serving_chat.render_chat_request(request.model_copy(deep=True))
         if not isinstance(rendered, tuple):
             return  # a refusal, which the request itself meets as well

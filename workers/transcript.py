@@ -7,9 +7,8 @@ from typing import Any
 
 import msgspec
 
+from server.core.conversation import MEDIA, Message
 from server.core.messages import Api
-
-Message = dict[str, Any]
 
 
 class _Usage(msgspec.Struct):
@@ -143,10 +142,6 @@ def _of_item(item: dict[str, Any]) -> Message:
         thought = "".join(part.get("text") or "" for part in item.get("content") or item.get("summary") or [])
         return {"role": "assistant", "content": "", "reasoning": thought}
     return _without_media({"role": item["role"], "content": item["content"]})
-
-
-MEDIA = frozenset({"image_url", "input_audio", "audio_url", "video_url", "input_image", "image"})
-"""Types of content parts that carry something else than text."""
 
 
 def _without_media(message: Message) -> Message:

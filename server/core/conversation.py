@@ -2,7 +2,19 @@
 
 from typing import Any
 
+from server.core.registry import Modality
+
 Message = dict[str, Any]
+
+MEDIA: dict[str, Modality] = {
+    "image_url": "image",
+    "input_image": "image",
+    "image": "image",
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "video_url": "video",
+}
+"""What a part of a content carries that is no text, by its type, in every dialect."""
 
 
 def plain(content: Any) -> str:

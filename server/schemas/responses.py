@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator
 from server.limits import MAX_MESSAGES, MAX_TOOL_NAME, MAX_TOOLS, MAX_TOP_LOGPROBS, TOOL_NAME
 from server.schemas.common import MANY, OBJECT, ONE, by_type, one_or_many, word_or_object
 from server.schemas.messages import Strict, object_in
-from server.schemas.openai import INT64, ModelName
+from server.schemas.openai import INT64, ModelName, TextFormat
 from server.schemas.parameters import MAX_INT32
 
 
@@ -108,10 +108,6 @@ class ChosenFunctionTool(Strict):
     name: str = Field(min_length=1)
 
 
-class PlainFormat(Strict):
-    type: Literal["text", "json_object"]
-
-
 class SchemaFormat(Strict):
     type: Literal["json_schema"]
     name: str = Field("answer", min_length=1, max_length=64)
@@ -123,8 +119,8 @@ class SchemaFormat(Strict):
 class TextConfig(Strict):
     format: (
         Annotated[
-            Annotated[PlainFormat, Tag("<text>")]
-            | Annotated[PlainFormat, Tag("<json_object>")]
+            Annotated[TextFormat, Tag("<text>")]
+            | Annotated[TextFormat, Tag("<json_object>")]
             | Annotated[SchemaFormat, Tag("<json_schema>")],
             by_type("text", "json_object", "json_schema"),
         ]

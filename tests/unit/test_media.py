@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from server.core.conversation import MEDIA
 from server.core.errors import InvalidRequest
 from server.core.registry import ModelSpec
-from server.media import KINDS, check_media
+from server.media import check_media
 from tests.unit.fake_requests import DATA_URI, SEER, TALKER, refused, spec
-from workers.transcript import MEDIA
+from workers.transcript import asked
 
 TEXT: dict[str, Any] = {"type": "text", "text": "What is this?"}
 
@@ -69,7 +70,10 @@ def test_text_is_for_every_model() -> None:
 
 
 def test_history_leaves_out_every_kind_of_part_that_is_checked() -> None:
-    assert set(KINDS) == MEDIA
+    assert set(MEDIA) == {"image_url", "input_image", "image", "input_audio", "audio_url", "video_url"}
+    for kind in MEDIA:
+        said = {"messages": [{"role": "user", "content": [{"type": kind, kind: DATA_URI}]}]}
+        assert asked("chat", said) == [{"role": "user", "content": [{"type": kind}]}]
 
 
 PLACES: list[tuple[Callable[[str], dict[str, Any]], str]] = [

@@ -85,6 +85,8 @@ class _Stream(asyncio.Protocol):
             self._end()
 
     def _end(self) -> None:
+        if self.over.done():
+            return
         counted = USAGE.findall(self._tail)
         if LAST in self._tail and counted:
             self._load.tokens += int(counted[-1])

@@ -16,6 +16,9 @@ from server.core.registry import ModelSpec
 from server.private import free_port
 from workers.engine import engine_argv, engine_options
 
+OWN = ("logits_processors", "scheduler_cls", "worker_extension_cls")
+"""Options that name this service's own additions to the engine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stock:
@@ -37,7 +40,7 @@ async def stock_server(spec: ModelSpec, folder: Path) -> AsyncIterator[Stock]:
     The logits processors of this service are left out: vLLM's server has none of its own.
     """
     port = free_port()
-    options = {name: value for name, value in engine_options(spec, []).items() if name != "logits_processors"}
+    options = {name: value for name, value in engine_options(spec, []).items() if name not in OWN}
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *engine_argv(options)]
     log = folder / "vllm.log"
     with log.open("wb") as out:

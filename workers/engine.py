@@ -28,6 +28,8 @@ CPU_DEFAULTS: dict[str, Any] = {
     "enforce_eager": True,
     "max_num_seqs": 64,
     "kv_cache_memory_bytes": 2 * 1024**3,
+    "scheduler_cls": "workers.waiting.SleepingScheduler",
+    "worker_extension_cls": "workers.waiting.SleepingWorker",
 }
 """Where there is no GPU. Compiling costs minutes of start on few cores; vLLM would size the KV cache by a
 share of all memory."""

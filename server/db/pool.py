@@ -25,6 +25,8 @@ DOWN = "The database is not reachable. Try again shortly."
 
 async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
     await register_vector_async(connection)
+    # Where it is on, as in a Postgres of somebody's own, it compiles for longer than any statement here takes.
+    await connection.execute("SET jit = off")
 
 
 def make_pool(url: str, max_size: int = 8) -> Pool:
@@ -57,6 +59,11 @@ async def connection(pool: Pool) -> AsyncIterator[psycopg.AsyncConnection[DictRo
         extra = {"action": "database", "error": type(exc).__name__, "sqlstate": exc.sqlstate}
         logger.warning("database failed", extra=extra)
         raise DatabaseUnavailable(DOWN, retry_after_s=5) from None
+
+
+def load_queries() -> dict[str, bytes]:
+    """The statements of `queries/`, by the names of their files."""
+    return {path.stem: path.read_bytes() for path in (Path(__file__).parent / "queries").glob("*.sql")}
 
 
 async def open_pool(pool: Pool) -> None:

@@ -23,7 +23,7 @@ RABBITMQ_PATHS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/homebrew/sbin/r
 """Preferred to the one on PATH: Debian's wrapper there insists on its own user and directories."""
 START_TIMEOUT_S = 60.0
 POLL_S = 1.0
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 MAX_SOCKET_FOLDER = 80
 """A Unix socket's path has at most 107 bytes; past that the wheel falls back to a folder open to everybody."""
 
@@ -47,7 +47,7 @@ def postgres_conf(memory: int) -> str:
     """Settings of the private Postgres on a machine with `memory` bytes, which it shares with the models."""
     # Taken only as far as it is used: the tables and vectors that are in use, and, while one is built, the graph
     # of an index. The default of 128 MB holds the vectors of 60,000 chats.
-    eighth = max(128 * MIB, min(memory // 8, 4096 * MIB)) // MIB
+    eighth = max(128 * MIB, min(memory // 8, 4 * GIB)) // MIB
     return (
         f"shared_buffers = {eighth}MB\n"
         f"maintenance_work_mem = {eighth}MB\n"
@@ -55,6 +55,7 @@ def postgres_conf(memory: int) -> str:
         "random_page_cost = 1.1\n"  # disks that seek are not what this runs on
         "jit = off\n"  # compiling takes longer than any statement here
         "wal_compression = on\n"
+        "max_parallel_maintenance_workers = 0\n"  # who builds an index has time; who waits for an answer has not
         "max_wal_size = 2GB\n"  # fewer checkpoints, each of which has whole pages logged anew
     )
 

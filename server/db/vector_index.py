@@ -81,13 +81,10 @@ class VectorIndexes:
                 if states == [False]:
                     await conn.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
                 if states != [True]:
-                    # In the background: a single process, that the others get on.
-                    await conn.execute("SET max_parallel_maintenance_workers = 0")
                     await conn.execute("SET statement_timeout = 0")
                     await conn.execute(create)
                 await conn.execute(self._queries["mark_indexed"], {"key_id": key.key_id, "space": key.space})
             finally:
-                await conn.execute("RESET max_parallel_maintenance_workers")
                 await conn.execute("RESET statement_timeout")
                 await conn.execute("SELECT pg_advisory_unlock(%s)", [BUILDING])
         took_s = round(time.monotonic() - began, 1)

@@ -55,7 +55,6 @@ def postgres_conf(memory: int) -> str:
         "random_page_cost = 1.1\n"  # disks that seek are not what this runs on
         "jit = off\n"  # compiling takes longer than any statement here
         "wal_compression = on\n"
-        "max_parallel_maintenance_workers = 0\n"  # who builds an index has time; who waits for an answer has not
         "max_wal_size = 2GB\n"  # fewer checkpoints, each of which has whole pages logged anew
     )
 

@@ -45,9 +45,13 @@ class Outgrown:
 
 
 class VectorIndexes:
-    def __init__(self, pool: Pool, exact_limit: int = EXACT_LIMIT) -> None:
+    """`parallel`: processes that help to build. None by default: who builds has time, who waits for an answer has
+    not; and they share memory in /dev/shm, of which containers have little."""
+
+    def __init__(self, pool: Pool, exact_limit: int = EXACT_LIMIT, parallel: int = 0) -> None:
         self._pool = pool
         self._exact_limit = exact_limit
+        self._parallel = parallel
         self._queries = load_queries()
 
     async def outgrown(self, space: str) -> list[Outgrown]:
@@ -82,10 +86,12 @@ class VectorIndexes:
                     await conn.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
                 if states != [True]:
                     await conn.execute("SET statement_timeout = 0")
+                    await conn.execute(f"SET max_parallel_maintenance_workers = {self._parallel}")
                     await conn.execute(create)
                 await conn.execute(self._queries["mark_indexed"], {"key_id": key.key_id, "space": key.space})
             finally:
                 await conn.execute("RESET statement_timeout")
+                await conn.execute("RESET max_parallel_maintenance_workers")
                 await conn.execute("SELECT pg_advisory_unlock(%s)", [BUILDING])
         took_s = round(time.monotonic() - began, 1)
         logger.info("index built", extra={"action": "index", "vectors": key.vectors, "took_s": took_s})

@@ -125,8 +125,10 @@ class Archivist:
             for half in (records[: len(records) // 2], records[len(records) // 2 :]):
                 await self._write([delivery for delivery, _ in half])
             return
-        for delivery, record in records:
-            self._history.ack(delivery)
+        if records:
+            # Batches are written in the order of their delivery: all that came before is written, or buried.
+            self._history.ack(records[-1][0], through=True)
+        for _, record in records:
             self._beacon.lag_s = max(time.time() - record.finished_at, 0)
             metrics.history_lag.observe(self._beacon.lag_s)
             metrics.history_records.labels(record.type).inc()

@@ -17,7 +17,8 @@ from server.core.errors import DatabaseUnavailable, RecordRefused
 
 logger = logging.getLogger(__name__)
 
-Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
+Connection = psycopg.AsyncConnection[DictRow]
+Pool = psycopg_pool.AsyncConnectionPool[Connection]
 
 OPEN_TIMEOUT_S = 15.0
 DOWN = "The database is not reachable. Try again shortly."
@@ -44,7 +45,7 @@ def make_pool(url: str, max_size: int = 8) -> Pool:
 
 
 @asynccontextmanager
-async def connection(pool: Pool) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
+async def connection(pool: Pool) -> AsyncIterator[Connection]:
     """A connection from the pool.
 
     Raises RecordRefused for data that Postgres will never take, and DatabaseUnavailable for everything else

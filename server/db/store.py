@@ -139,14 +139,14 @@ class Store:
             "limit": query.limit,
             "threshold": query.threshold,
         }
+        # Planned anew each time: only with the key in sight are its part of the table and its own index found.
         async with connection(self._pool) as conn:
             way = await (await conn.execute(self._queries["search_way"], parameters)).fetchone()
             if way is None or not way["indexed"]:
-                return await (await conn.execute(self._queries["similar"], parameters)).fetchall()
+                return await (await conn.execute(self._queries["similar"], parameters, prepare=False)).fetchall()
             async with conn.transaction():
                 await conn.execute(self._queries["search_settings"], {"ef_search": EF_SEARCH})
                 search = self._queries["similar_indexed"].replace(b"{dimensions}", b"%d" % way["dimensions"])
-                # Planned anew each time: only with the key in sight is its own index found.
                 return await (await conn.execute(search, parameters, prepare=False)).fetchall()
 
     async def history(self, key_id: int, filter_: HistoryFilter) -> list[Row]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from server.db.pool import Pool, connection, load_queries
+from server.db.pool import Connection, Pool, connection, load_queries
 
 logger = logging.getLogger(__name__)
 
@@ -67,28 +67,18 @@ class VectorIndexes:
         False where another archivist is building. Raises DatabaseUnavailable.
         """
         began = time.monotonic()
-        name = sql.Identifier(key.index)
-        create = sql.SQL(self._queries["create_vector_index"].decode()).format(
-            name=name,
-            dimensions=sql.Literal(key.dimensions),
-            key_id=sql.Literal(key.key_id),
-            space=sql.Literal(key.space),
-        )
+        where = {"key_id": key.key_id, "space": key.space}
         async with connection(self._pool) as conn:
             cursor = await conn.execute("SELECT pg_try_advisory_lock(%s) AS mine", [BUILDING])
             if not (await cursor.fetchall())[0]["mine"]:
                 return False
             try:
-                # One that was cut short is still there, and of no use; a whole one only lacks its mark.
-                cursor = await conn.execute(self._queries["index_state"], {"name": key.index})
-                states = [row["indisvalid"] for row in await cursor.fetchall()]
-                if states == [False]:
-                    await conn.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
-                if states != [True]:
+                if not await self._is_there(conn, key):
+                    rows = await (await conn.execute(self._queries["part_of_key"], where)).fetchall()
                     await conn.execute("SET statement_timeout = 0")
                     await conn.execute(f"SET max_parallel_maintenance_workers = {self._parallel}")
-                    await conn.execute(create)
-                await conn.execute(self._queries["mark_indexed"], {"key_id": key.key_id, "space": key.space})
+                    await conn.execute(self._definition(key, rows[0]["part"]))
+                await conn.execute(self._queries["mark_indexed"], where)
             finally:
                 await conn.execute("RESET statement_timeout")
                 await conn.execute("RESET max_parallel_maintenance_workers")
@@ -96,3 +86,20 @@ class VectorIndexes:
         took_s = round(time.monotonic() - began, 1)
         logger.info("index built", extra={"action": "index", "vectors": key.vectors, "took_s": took_s})
         return True
+
+    async def _is_there(self, conn: Connection, key: Outgrown) -> bool:
+        """Whether the index is there already, and only lacks its mark. One that was cut short is removed."""
+        rows = await (await conn.execute(self._queries["index_state"], {"name": key.index})).fetchall()
+        if rows and not rows[0]["indisvalid"]:
+            await conn.execute(sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(key.index)))
+            return False
+        return bool(rows)
+
+    def _definition(self, key: Outgrown, part: str) -> sql.Composed:
+        return sql.SQL(self._queries["create_vector_index"].decode()).format(
+            name=sql.Identifier(key.index),
+            part=sql.Identifier(part),
+            dimensions=sql.Literal(key.dimensions),
+            key_id=sql.Literal(key.key_id),
+            space=sql.Literal(key.space),
+        )

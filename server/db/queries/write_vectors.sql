@@ -4,7 +4,7 @@ WITH incoming AS (
 ), inserted AS (
     INSERT INTO chat_vectors (chat_id, key_id, space, embedding)
     SELECT chat_id, key_id, %(space)s, embedding FROM incoming
-    ON CONFLICT (chat_id, space) DO NOTHING
+    ON CONFLICT (chat_id, space, key_id) DO NOTHING
     RETURNING key_id
 ), counted AS (
     INSERT INTO vector_counts AS v (key_id, space, dimensions, vectors)

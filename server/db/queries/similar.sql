@@ -5,7 +5,7 @@ SELECT c.id, c.session_id, c.messages, c.created_at, nearest.similarity
 FROM (
     SELECT chat_id, distance, greatest(0, least(1, 1 - distance)) AS similarity
     FROM (
-        SELECT chat_id, embedding <=> %(query)s::halfvec AS distance
+        SELECT chat_id, embedding <=> %(query)b::halfvec AS distance
         FROM chat_vectors
         WHERE key_id = %(key_id)s AND space = %(space)s
         ORDER BY distance

@@ -4,7 +4,7 @@ SELECT c.id, c.session_id, c.messages, c.created_at, nearest.similarity
 FROM (
     SELECT chat_id, distance, greatest(0, least(1, 1 - distance)) AS similarity
     FROM (
-        SELECT chat_id, embedding::halfvec({dimensions}) <=> %(query)s::halfvec({dimensions}) AS distance
+        SELECT chat_id, embedding::halfvec({dimensions}) <=> %(query)b::halfvec({dimensions}) AS distance
         FROM chat_vectors
         WHERE key_id = %(key_id)s AND space = %(space)s
         ORDER BY distance

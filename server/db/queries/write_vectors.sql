@@ -1,5 +1,5 @@
 WITH incoming AS (
-    SELECT * FROM unnest(%(chat_id)s::bigint[], %(key_id)s::bigint[], %(embedding)s::halfvec[])
+    SELECT * FROM unnest(%(chat_id)s::bigint[], %(key_id)s::bigint[], %(embedding)b::halfvec[])
         AS t (chat_id, key_id, embedding)
 ), inserted AS (
     INSERT INTO chat_vectors (chat_id, key_id, space, embedding)

@@ -26,8 +26,7 @@ DOWN = "The database is not reachable. Try again shortly."
 
 async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
     await register_vector_async(connection)
-    # Where it is on, as in a Postgres of somebody's own, it compiles for longer than any statement here takes.
-    await connection.execute("SET jit = off")
+    await connection.execute(load_queries()["session_settings"])
 
 
 def make_pool(url: str, max_size: int = 8) -> Pool:

@@ -15,7 +15,6 @@ from pgvector import HalfVector
 
 from server.core.messages import Record
 from server.db.pool import Pool, connection, load_queries
-from server.db.vector_index import EF_SEARCH
 
 Row = dict[str, Any]
 
@@ -139,15 +138,14 @@ class Store:
             "limit": query.limit,
             "threshold": query.threshold,
         }
-        # Planned anew each time: only with the key in sight are its part of the table and its own index found.
         async with connection(self._pool) as conn:
             way = await (await conn.execute(self._queries["search_way"], parameters)).fetchone()
-            if way is None or not way["indexed"]:
-                return await (await conn.execute(self._queries["similar"], parameters, prepare=False)).fetchall()
-            async with conn.transaction():
-                await conn.execute(self._queries["search_settings"], {"ef_search": EF_SEARCH})
+            if way is not None and way["indexed"]:
                 search = self._queries["similar_indexed"].replace(b"{dimensions}", b"%d" % way["dimensions"])
-                return await (await conn.execute(search, parameters, prepare=False)).fetchall()
+            else:
+                search = self._queries["similar"]
+            # Planned anew each time: only with the key in sight are its part of the table and its own index found.
+            return await (await conn.execute(search, parameters, prepare=False)).fetchall()
 
     async def history(self, key_id: int, filter_: HistoryFilter) -> list[Row]:
         """The key's chats, newest first."""

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 EVENT = b"data: "
@@ -58,26 +58,18 @@ class Load:
 
 
 class _Stream(asyncio.Protocol):
-    """One connection, one answer after the other."""
+    """One answer, on a connection of its own: a kept one may be closed by a server that was held up."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, request: bytes) -> None:
         self._load = load
-        self._transport: asyncio.Transport
-        self._asked_at = self._last_at = 0.0
+        self._request = request
+        self._asked_at = time.perf_counter()
+        self._last_at = 0.0
         self._tail = b""
-        self._over: asyncio.Future[None]
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def ask(self, request: bytes) -> asyncio.Future[None]:
-        """Send a request; resolves when its stream has ended. Raises Refused."""
-        self._over = asyncio.get_running_loop().create_future()
-        self._tail, self._last_at = b"", 0.0
-        self._asked_at = time.perf_counter()
-        self._transport.write(request)
-        return self._over
+        cast(asyncio.Transport, transport).write(self._request)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
@@ -96,34 +88,33 @@ class _Stream(asyncio.Protocol):
         counted = USAGE.findall(self._tail)
         if LAST in self._tail and counted:
             self._load.tokens += int(counted[-1])
-            self._over.set_result(None)
+            self.over.set_result(None)
         elif self._last_at or not self._tail.startswith(b"HTTP/1.1 200"):
-            self._over.set_exception(Refused(self._tail.decode(errors="replace")))
+            self.over.set_exception(Refused(self._tail.decode(errors="replace")))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._over.done():
-            self._over.set_exception(exc or Refused("the connection was closed"))
+        if not self.over.done():
+            self.over.set_exception(exc or Refused("the connection was closed"))
 
 
 async def run(target: Target, streams: int, requests: int) -> Load:
-    """Have `requests` answered over `streams` connections, each asking again once it has its answer."""
+    """Have `requests` answered, `streams` at a time. Raises Refused."""
     loop = asyncio.get_running_loop()
     load = Load(streams)
     parts = urlsplit(target.url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     request = target.request()
     left = requests
-    connections = [await loop.create_connection(lambda: _Stream(load), host, port) for _ in range(streams)]
 
-    async def ask_all(stream: _Stream) -> None:
+    async def ask_on() -> None:
         nonlocal left
         while left > 0:
             left -= 1
-            await stream.ask(request)
+            transport, stream = await loop.create_connection(lambda: _Stream(load, request), host, port)
+            await stream.over
+            transport.close()
 
     began = time.perf_counter()
-    await asyncio.gather(*(ask_all(stream) for _, stream in connections))
+    await asyncio.gather(*(ask_on() for _ in range(streams)))
     load.elapsed_s = time.perf_counter() - began
-    for transport, _ in connections:
-        transport.close()
     return load

@@ -42,7 +42,7 @@ async def test_vectors_of_the_version_before_are_found_and_counted(database_url:
                 query = "INSERT INTO chat_vectors SELECT id, key_id, %s, %s FROM chats WHERE id = %s"
                 connection.execute(query, [space, HalfVector(vector), chat_id])
     # When the others are applied
-    assert migrate(url) == ["0002-vectors-by-key"]
+    assert "0002-vectors-by-key" in migrate(url)
     # Then each key finds its own, in each space, and their number is known
     pool = make_pool(url, max_size=1)
     await pool.open(wait=True)

@@ -137,7 +137,7 @@ async def searches(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pool.kwargs["options"] = f"-c maintenance_work_mem={args.build_memory}"
         await pool.open(wait=True)
         stack.push_async_callback(pool.close)
-        indexes = VectorIndexes(pool, args.limit, parallel=1)
+        indexes = VectorIndexes(pool, args.limit, args.build_helpers)
         waiting = {key.key_id: key for key in await indexes.outgrown(space)}
         total = (await (await connection.execute("SELECT sum(vectors)::bigint FROM vector_counts")).fetchall())[0][0]
         for name, keys in groups.items():

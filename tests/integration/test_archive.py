@@ -122,9 +122,9 @@ async def test_a_record_nobody_can_write_does_not_hold_up_the_others(
 async def test_nothing_is_acked_before_postgres_has_it(
     settings: Settings, publisher: AmqpLink, store: Store, key_id: int
 ) -> None:
-    # Given more records than fit in a batch, rubbish among them, and a Postgres that takes none
+    # Given more records than fit in a batch, rubbish before them, and a Postgres that takes none
     bodies = [encode(record(key_id, f"{index}")) for index in range(BATCH + 50)]
-    bodies.insert(100, b"{rubbish")
+    bodies.insert(0, b"{rubbish")
     async with await psycopg.AsyncConnection.connect(settings.database_url) as blocking:
         await blocking.execute("LOCK TABLE chats IN SHARE MODE")
         for body in bodies:

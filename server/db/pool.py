@@ -17,7 +17,8 @@ from server.core.errors import DatabaseUnavailable, RecordRefused
 
 logger = logging.getLogger(__name__)
 
-Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
+Connection = psycopg.AsyncConnection[DictRow]
+Pool = psycopg_pool.AsyncConnectionPool[Connection]
 
 OPEN_TIMEOUT_S = 15.0
 DOWN = "The database is not reachable. Try again shortly."
@@ -25,6 +26,7 @@ DOWN = "The database is not reachable. Try again shortly."
 
 async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
     await register_vector_async(connection)
+    await connection.execute(load_queries()["session_settings"])
 
 
 def make_pool(url: str, max_size: int = 8) -> Pool:
@@ -42,7 +44,7 @@ def make_pool(url: str, max_size: int = 8) -> Pool:
 
 
 @asynccontextmanager
-async def connection(pool: Pool) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
+async def connection(pool: Pool) -> AsyncIterator[Connection]:
     """A connection from the pool.
 
     Raises RecordRefused for data that Postgres will never take, and DatabaseUnavailable for everything else
@@ -57,6 +59,11 @@ async def connection(pool: Pool) -> AsyncIterator[psycopg.AsyncConnection[DictRo
         extra = {"action": "database", "error": type(exc).__name__, "sqlstate": exc.sqlstate}
         logger.warning("database failed", extra=extra)
         raise DatabaseUnavailable(DOWN, retry_after_s=5) from None
+
+
+def load_queries() -> dict[str, bytes]:
+    """The statements of `queries/`, by the names of their files."""
+    return {path.stem: path.read_bytes() for path in (Path(__file__).parent / "queries").glob("*.sql")}
 
 
 async def open_pool(pool: Pool) -> None:

@@ -6,7 +6,6 @@ DatabaseUnavailable when Postgres is not there, and a write RecordRefused for da
 
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from pgvector import HalfVector
 
 from server.core.messages import Record
-from server.db.pool import Pool, connection
+from server.db.pool import Pool, connection, load_queries
 
 Row = dict[str, Any]
 
@@ -54,8 +53,7 @@ class SimilarQuery:
 class Store:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        folder = Path(__file__).parent / "queries"
-        self._queries: dict[str, bytes] = {path.stem: path.read_bytes() for path in folder.glob("*.sql")}
+        self._queries = load_queries()
 
     async def _rows(self, query: str, parameters: dict[str, Any] | None = None) -> list[Row]:
         async with connection(self._pool) as conn:
@@ -124,26 +122,39 @@ class Store:
                 "key_id": [chat["key_id"] for chat in chats],
                 "embedding": [HalfVector(vector) for vector in vectors],
                 "space": space,
+                "dimensions": vectors.shape[1],
             },
         )
 
     async def similar(self, key_id: int, query: SimilarQuery) -> list[Row]:
-        """The key's most similar chats, best first: rows of `id, session_id, messages, created_at, similarity`."""
-        return await self._rows(
-            "similar",
-            {
-                "key_id": key_id,
-                "space": query.space,
-                "query": HalfVector(query.vector),
-                "limit": query.limit,
-                "threshold": query.threshold,
-            },
-        )
+        """The key's most similar chats, best first: rows of `id, session_id, messages, created_at, similarity`.
+
+        Exact, unless the key has outgrown that and has an index.
+        """
+        parameters = {
+            "key_id": key_id,
+            "space": query.space,
+            "query": HalfVector(query.vector),
+            "limit": query.limit,
+            "threshold": query.threshold,
+        }
+        async with connection(self._pool) as conn:
+            way = await (await conn.execute(self._queries["search_way"], parameters)).fetchone()
+            if way is not None and way["indexed"]:
+                search = self._queries["similar_indexed"].replace(b"{dimensions}", b"%d" % way["dimensions"])
+            else:
+                search = self._queries["similar"]
+            # Planned anew each time: only with the key in sight are its part of the table and its own index found.
+            return await (await conn.execute(search, parameters, prepare=False)).fetchall()
 
     async def history(self, key_id: int, filter_: HistoryFilter) -> list[Row]:
         """The key's chats, newest first."""
+        # A statement a filter, each with an index in its order. One for all, with `OR … IS NULL`, is planned without
+        # regard to what is filtered, and then reads on through the key's chats until it has found enough.
+        by_session = "_by_session" if filter_.session_id is not None else ""
+        by_model = "_by_model" if filter_.model is not None else ""
         return await self._rows(
-            "history",
+            f"history{by_session}{by_model}",
             {
                 "key_id": key_id,
                 "limit": filter_.limit,

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 
 import numpy as np
+import psycopg
 import pytest
 
 from server.core import topology
@@ -18,7 +19,7 @@ from server.core.registry import ModelSpec, Registry
 from server.core.settings import Settings
 from server.db.store import HistoryFilter, SimilarQuery, Store
 from tests.integration.test_amqp import until
-from workers.archive import Archivist
+from workers.archive import BATCH, Archivist
 
 MODEL = ModelSpec(id="fake-embedding", name="Fake", type="embedding", source="./none", context_length=16)
 ALL = HistoryFilter(limit=100, offset=0)
@@ -116,3 +117,25 @@ async def test_a_record_nobody_can_write_does_not_hold_up_the_others(
             while len(await store.history(key_id, ALL)) < 2:
                 await asyncio.sleep(0.05)
         await until(lambda: rubbish in dead and orphan in dead)
+
+
+async def test_nothing_is_acked_before_postgres_has_it(
+    settings: Settings, publisher: AmqpLink, store: Store, key_id: int
+) -> None:
+    # Given more records than fit in a batch, rubbish before them, and a Postgres that takes none
+    bodies = [encode(record(key_id, f"{index}")) for index in range(BATCH + 50)]
+    bodies.insert(0, b"{rubbish")
+    async with await psycopg.AsyncConnection.connect(settings.database_url) as blocking:
+        await blocking.execute("LOCK TABLE chats IN SHARE MODE")
+        for body in bodies:
+            await publisher.publish(topology.HISTORY, body)
+        async with archivist(settings):
+            await asyncio.sleep(1)
+    # When the archivist has gone without a word, then all but the rubbish wait in the queue again
+    assert (await publisher.declare_queue(topology.HISTORY, passive=True))[0] == len(bodies) - 1
+    # And are written by the next one
+    async with archivist(settings):
+        async with asyncio.timeout(10):
+            while len(await store.history(key_id, HistoryFilter(limit=1000, offset=0))) < len(bodies) - 1:
+                await asyncio.sleep(0.05)
+    assert (await publisher.declare_queue(topology.HISTORY, passive=True))[0] == 0

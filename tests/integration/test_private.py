@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 
 from server.core.amqp import AmqpLink, Delivery
-from server.private import PrivatePostgres, PrivateRabbitMQ
+from server.private import PrivatePostgres, PrivateRabbitMQ, memory_limit, postgres_conf
 from tests.integration.test_amqp import until
 from tests.processes import naming
 
@@ -30,6 +30,27 @@ async def test_a_killed_postgres_comes_back(tmp_path: Path) -> None:
         assert connection.execute("SELECT one FROM kept").fetchall() == [(1,)]
     await postgres.stop()
     await until(lambda: naming(tmp_path) == [])
+
+
+async def test_postgres_is_set_for_its_machine(tmp_path: Path) -> None:
+    # Given a Postgres that was started before
+    postgres = PrivatePostgres(tmp_path / "postgres")
+    url = await postgres.start()
+    wanted = [line.split(" = ")[0] for line in postgres_conf(memory_limit()).splitlines()]
+    with psycopg.connect(url, autocommit=True) as connection:
+        # Then all that is set for the machine is in force
+        query = "SELECT name FROM pg_file_settings WHERE sourcefile LIKE '%/machine.conf' AND applied"
+        assert [row[0] for row in connection.execute(query)] == wanted
+        # When a person sets something else
+        connection.execute("ALTER SYSTEM SET shared_buffers = '64MB'")
+    await postgres.stop()
+    # Then that stays so at the next start
+    postgres = PrivatePostgres(tmp_path / "postgres")
+    with psycopg.connect(await postgres.start()) as connection:
+        assert connection.execute("SHOW shared_buffers").fetchall() == [("64MB",)]
+        assert connection.execute("SHOW jit").fetchall() == [("off",)]
+    assert (tmp_path / "postgres" / "postgresql.conf").read_text().count("machine.conf") == 1
+    await postgres.stop()
 
 
 async def test_a_killed_rabbitmq_comes_back(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from server.core.errors import DatabaseUnavailable, RecordRefused
 from server.core.messages import Record
-from server.db.pool import make_pool, migrate
+from server.db.pool import Pool, connection, make_pool, migrate
 from server.db.store import HistoryFilter, SimilarQuery, Store
 
 ALL = HistoryFilter(limit=100, offset=0)
@@ -158,3 +158,35 @@ async def test_a_database_that_is_not_there_is_an_error_of_ours() -> None:
     await pool.close()
     with pytest.raises(DatabaseUnavailable):
         migrate("postgresql://nobody@127.0.0.1:1/none")
+
+
+async def test_no_page_of_history_reads_more_than_it_shows(database_url: str, store: Store, key_id: int) -> None:
+    # Given a key with many chats, of which an old session and a rare model have few
+    rare = [chat(key_id, session_id="old", model="m" if index else "rare") for index in range(4)]
+    await store.write([*rare, *(chat(key_id, session_id=f"s{index % 50}") for index in range(4000))])
+    pool = make_pool(database_url, max_size=1)  # one connection, so that it knows what was read in it
+    await pool.open(wait=True)
+    async with connection(pool) as conn:
+        # And most others with a single one: a plan made for any key then expects that
+        new = "INSERT INTO api_keys (name, hash) SELECT 'one', sha256(random()::text::bytea)"
+        keys = await (await conn.execute(f"{new} FROM generate_series(1, 3000) RETURNING id")).fetchall()
+    await store.write([chat(row["id"], session_id="old", model="rare") for row in keys])
+    async with connection(pool) as conn:
+        await conn.execute("ANALYZE chats")
+    filters = [HistoryFilter(20, 0), HistoryFilter(20, 0, session_id="old"), HistoryFilter(20, 0, model="rare")]
+    for filter_, shown in zip([*filters, HistoryFilter(20, 0, "rare", "old")], (20, 4, 1, 1), strict=True):
+        # When a page is asked for often enough for its statement to be prepared, and planned for any filter
+        before = await rows_read(pool)
+        for _ in range(20):
+            assert len(await Store(pool).history(key_id, filter_)) == shown
+        # Then the rows read are those shown; by model within a session, at the most the session's
+        assert await rows_read(pool) - before <= 20 * max(shown, 4)
+    await pool.close()
+
+
+async def rows_read(pool: Pool) -> int:
+    """Rows of chats that were fetched so far, by a scan of the table or of an index."""
+    async with connection(pool) as conn:
+        await conn.execute("SELECT pg_stat_force_next_flush()")
+        query = "SELECT seq_tup_read + idx_tup_fetch AS rows FROM pg_stat_user_tables WHERE relname = 'chats'"
+        return int((await (await conn.execute(query)).fetchall())[0]["rows"])

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from workers.archive import searchable_text
+from workers.vectors import searchable_text
 
 
 def user(content: Any) -> dict[str, Any]:

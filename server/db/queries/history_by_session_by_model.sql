@@ -1,0 +1,6 @@
+-- Reads the session: of one session's chats there is no index by model.
+SELECT id, session_id, model, messages, prompt_tokens, completion_tokens, finish_reason, created_at
+FROM chats
+WHERE key_id = %(key_id)s AND session_id = %(session_id)s AND model = %(model)s
+ORDER BY id DESC
+LIMIT %(limit)s OFFSET %(offset)s

@@ -1,0 +1,1 @@
+SELECT dimensions, indexed FROM vector_counts WHERE key_id = %(key_id)s AND space = %(space)s

@@ -1,0 +1,119 @@
+"""Makes chats searchable: has each embedded at low priority, and gives keys that outgrow exact search an index."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.core import metrics
+from server.core.conversation import Message, answer, last_question
+from server.core.errors import EngineFailed, InvalidRequest, RecordRefused, ServiceError
+from server.core.inbox import Inbox
+from server.core.messages import Job, decode_embeddings, vectors_of
+from server.core.registry import ModelSpec
+from server.db.store import Row, Store
+from server.db.vector_index import VectorIndexes
+
+logger = logging.getLogger(__name__)
+
+BATCH = 32
+"""Chats in one job. One job at a time, in the lane that the embedding worker serves when nobody waits."""
+RETRY_S = 2.0
+LOOK_S = 10.0
+"""How often chats without a vector are looked for where none has come."""
+OUTGROWN_S = 60.0
+"""How often keys that have outgrown exact search are looked for."""
+EMBED_TIMEOUT_S = 120.0
+
+
+def searchable_text(messages: list[Message]) -> str:
+    """What of a chat its vector is made of: the last thing asked, and the answer."""
+    return "\n".join(filter(None, (last_question(messages), answer(messages)))) or " "
+
+
+class Vectors:
+    """`come` is set whenever chats may have come that wait for a vector."""
+
+    def __init__(self, model: ModelSpec, store: Store, indexes: VectorIndexes, inbox: Inbox) -> None:
+        self._model = model
+        self._store = store
+        self._indexes = indexes
+        self._inbox = inbox
+        self.come = asyncio.Event()
+        self._written = asyncio.Event()
+        self._written.set()  # what came before this process did
+
+    async def embed_all(self) -> None:
+        """Give each new chat its vector, until cancelled; what fails is tried again after a while."""
+        met = False
+        while True:
+            try:
+                if not met:
+                    await self._store.requeue_vectors(self._model.vector_space)
+                    met = True
+                self.come.clear()  # before looking: what comes after is then not missed
+                while chats := await self._store.pending_chats(BATCH):
+                    await self._embed(chats)
+                    self._written.set()
+            except ServiceError as exc:
+                logger.warning("vectors wait", extra={"action": "vectors", "error": type(exc).__name__})
+                await asyncio.sleep(RETRY_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.come.wait(), LOOK_S)
+
+    async def index_all(self) -> None:
+        """Give each key that has outgrown exact search an index, until cancelled."""
+        while True:
+            await self._written.wait()
+            self._written.clear()
+            try:
+                for key in await self._indexes.outgrown(self._model.vector_space):
+                    if not await self._indexes.build(key):
+                        self._written.set()  # another archivist is at it: look again
+                        break
+            except ServiceError as exc:
+                logger.warning("index waits", extra={"action": "index", "error": type(exc).__name__})
+                self._written.set()
+            await asyncio.sleep(OUTGROWN_S)
+
+    async def _embed(self, chats: list[Row]) -> None:
+        """Embed a batch; one that the model or Postgres will never take goes without. Raises Unavailable
+        and what else may pass."""
+        try:
+            vectors = await self._vectors(chats)
+            await self._store.write_vectors(chats, self._model.vector_space, vectors)
+        except (InvalidRequest, EngineFailed, RecordRefused) as exc:
+            if len(chats) > 1:
+                for chat in chats:
+                    await self._embed([chat])
+                return
+            extra = {"action": "vectors", "chat": chats[0]["id"], "error": type(exc).__name__}
+            logger.error("chat left without a vector", extra=extra)
+            await self._store.drop_pending(chats[0]["id"])
+            return
+        metrics.vectors_written.labels(self._model.id).inc(len(chats))
+
+    async def _vectors(self, chats: list[Row]) -> NDArray[np.float32]:
+        """float32 (n_chats, dimensions)."""
+        now = time.time()
+        job = Job(
+            id=f"vectors-{uuid.uuid4().hex}",
+            model=self._model.id,
+            endpoint="archive",
+            body={"input": [searchable_text(chat["messages"]) for chat in chats], "truncate": True},
+            key_id=0,
+            reply_to=self._inbox.queue,
+            created_at=now,
+            deadline=now + EMBED_TIMEOUT_S,
+            recorded=False,
+        )
+        waiter = await self._inbox.submit(job, "batch")
+        try:
+            return vectors_of(decode_embeddings((await waiter.next()).data))
+        finally:
+            self._inbox.release(job.id)

@@ -144,7 +144,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         names = dict.fromkeys(name for row in at.values() for name in row["of"])
         for name in names:
             points = [(parallel, row["of"][name]["texts_per_s"]) for parallel, row in at.items() if name in row["of"]]
-            axes.plot(*zip(*points, strict=True), "--" if "encode" in name else "o-", label=name, marker=".")
+            axes.plot(*zip(*points, strict=True), "--" if "encode" in name else "-", label=name, marker=".")
         axes.set_title(f"{lengths} texts")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("requests in parallel")

@@ -16,7 +16,8 @@ from workers.precision import faster
 
 MAX_STREAMS = 4
 """Batches computed at once on a CPU, a share of the cores each: they never wait for each other, as threads do."""
-TOKENS_PER_THREAD = 128
+TOKENS_PER_THREAD = 16
+"""Fewer than so many for each are not worth another thread."""
 TRIAL = (8, 32)
 """Texts, and words of each, that number formats are compared on."""
 
@@ -52,7 +53,7 @@ class Embedder:
     def budget(self) -> Budget:
         """What goes into a batch: on a CPU little, since it gains nothing from more and others wait meanwhile."""
         if self._model.device.type == "cpu":
-            return Budget(most=2048, least=256, padding=64, streams=self.streams)
+            return Budget(most=2048, least=512, padding=64, streams=self.streams)
         return Budget(most=32768, least=32768, padding=2048, streams=1)
 
     def tokenise(self, given: list[str | list[int]], input_type: str, *, truncate: bool) -> list[Text]:

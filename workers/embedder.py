@@ -41,7 +41,7 @@ class Embedder:
         self._pools_prompt = all(getattr(module, "include_prompt", True) for module in self._model)
         self._cores = len(os.sched_getaffinity(0))
         on_cpu = self._model.device.type == "cpu"
-        self.streams = min(MAX_STREAMS, self._cores) if on_cpu else 1
+        self.streams = min(MAX_STREAMS, self._cores) if on_cpu else 2  # one is padded and sent while one computes
         if spec.dtype == "bfloat16":
             self._model = self._model.to(torch.bfloat16)
         elif spec.dtype == "auto":
@@ -54,7 +54,7 @@ class Embedder:
         """What goes into a batch: on a CPU little, since it gains nothing from more and others wait meanwhile."""
         if self._model.device.type == "cpu":
             return Budget(most=2048, least=512, padding=64, streams=self.streams)
-        return Budget(most=32768, least=32768, padding=2048, streams=1)
+        return Budget(most=16384, least=16384, padding=1024, streams=self.streams)
 
     def tokenise(self, given: list[str | list[int]], input_type: str, *, truncate: bool) -> list[Text]:
         """The texts as the model takes them for `query` or `document`; with `truncate` none is over `max_tokens`.

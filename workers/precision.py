@@ -29,13 +29,16 @@ def faster(model: Any, try_out: Callable[[Any], object]) -> Any:
     """
     try:
         half = copy.deepcopy(model).to(torch.bfloat16)
+        try_out(half)  # the first call pays for lazy initialisation
     except torch.OutOfMemoryError:
         logger.info("no memory for float32 and bfloat16 at once", extra={"action": "dtype", "dtype": "bfloat16"})
         return model.to(torch.bfloat16)
+    except RuntimeError:
+        logger.warning("bfloat16 does not work here", exc_info=True, extra={"action": "dtype", "dtype": "float32"})
+        return model
+    try_out(model)
     began = time.monotonic()
     best = {"float32": float("inf"), "bfloat16": float("inf")}
-    for each in (model, half):
-        try_out(each)  # the first call pays for lazy initialisation
     for _ in range(ROUNDS):
         for name, each in (("float32", model), ("bfloat16", half)):
             started = time.perf_counter()

@@ -205,5 +205,18 @@ def test_the_faster_number_format_is_chosen(tiny: Path, slow: str, chosen: str) 
     assert str(next(model.parameters()).dtype) == "torch.float32"
 
 
+@pytest.mark.parametrize(("error", "chosen"), [(RuntimeError, "float32"), (torch.OutOfMemoryError, "bfloat16")])
+def test_a_format_that_does_not_work_here_is_not_chosen(tiny: Path, error: type[Exception], chosen: str) -> None:
+    # Given a device that cannot compute in bfloat16, or has no memory for both
+    model = SentenceTransformer(str(tiny), model_kwargs={"dtype": torch.float32})
+
+    def try_out(each: Any) -> None:
+        if next(each.parameters()).dtype == torch.bfloat16:
+            raise error
+
+    # Then the one that does work is taken, of two too large the smaller
+    assert str(next(faster(model, try_out).parameters()).dtype) == f"torch.{chosen}"
+
+
 def test_auto_is_one_of_the_two(tiny: Path) -> None:
     assert Embedder(spec(tiny, dtype="auto")).dtype in ("float32", "bfloat16")

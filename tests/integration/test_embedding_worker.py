@@ -68,7 +68,7 @@ async def bench(settings: Settings, source: Path) -> AsyncIterator[Bench]:
 
 async def test_many_requests_at_once_get_their_own_vectors(bench: Bench) -> None:
     # Given requests of several texts, in both lanes, all at once
-    asked = [[f"text {n}", "word " * (n % 30 + 1)] for n in range(40)]
+    asked = [[f"text {n}", "word " * (n % 16 + 1)] for n in range(40)]
     lanes: list[Lane] = ["interactive", "batch"]
     results = await asyncio.gather(*(bench.ask(texts, lanes[n % 2]) for n, texts in enumerate(asked)))
     # Then each has the vectors, and the tokens, that it has by itself

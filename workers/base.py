@@ -11,14 +11,15 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 
 from server.core import metrics, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable, DeadlineExceeded, EngineFailed, ServiceError
-from server.core.messages import Cancel, FrameKind, Job, Record, Status, WorkerType, decode, encode
+from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode
 from server.core.settings import Settings
 from server.core.signals import stop_event
 from workers.probe import Probe
@@ -205,8 +206,8 @@ class Worker(ABC):
         interactive = topology.jobs_queue(self.model, "interactive")
         batch = topology.jobs_queue(self.model, "batch")
         self._consumers = [
-            await link.consume(interactive, self._on_job, self._slots),
-            await link.consume(batch, self._on_job, max(1, self._slots // 4)),
+            await link.consume(interactive, partial(self._on_job, "interactive"), self._slots),
+            await link.consume(batch, partial(self._on_job, "batch"), max(1, self._slots // 4)),
         ]
 
     def _on_control(self, delivery: Delivery) -> None:
@@ -228,9 +229,9 @@ class Worker(ABC):
             if run.job.reply_to == reply_to:
                 run.cancel()
 
-    def _on_job(self, delivery: Delivery) -> None:
+    def _on_job(self, lane: Lane, delivery: Delivery) -> None:
         try:
-            job = decode(Job, delivery.body)
+            job = replace(decode(Job, delivery.body), lane=lane)
         except msgspec.DecodeError:
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)

@@ -1,48 +1,154 @@
-"""Batches texts across requests: what waits while a batch runs goes together into the next.
+"""Batches texts across requests: which of those that wait go together into the next batch, and when.
 
-Bounded by tokens, not by count, so that a batch costs about the same whatever the texts' lengths are.
+Bounded by tokens, not by count, so that a batch costs about the same whatever the texts' lengths are. Knows
+no model: texts come tokenised, and `encode` makes their vectors.
 """
 
 import asyncio
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Encode = Callable[[list[str]], NDArray[np.float32]]
-"""texts -> float32 (n_texts, dimensions). Called in a thread, once at a time."""
+from server.core.messages import Lane
 
-MAX_BATCH_TOKENS = 8192
+BATCH_LANE_EVERY = 4
+"""Where both lanes wait, one batch of so many is of the batch lane."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A tokenised text: the model's inputs by name, each `length` tokens long. A batch holds texts of one `kind`."""
+
+    fields: Mapping[str, Sequence[int]]
+    length: int
+    kind: str = ""
+
+
+Encode = Callable[[list[Text], bool], NDArray[np.float32]]
+"""Texts of one batch, and whether it has the machine for itself -> float32 (n_texts, dimensions).
+
+Called in threads, as many at once as there are streams.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much goes into a batch. `most` and `least` in tokens, padding included; `streams` run at once.
+
+    What waits is shared out evenly among the streams, but no batch is split below `least`, and a single text may be
+    larger than `most`. `padding` tokens are always worth a batch less; beyond them a batch may pad an eighth.
+    """
+
+    most: int
+    least: int
+    padding: int
+    streams: int = 1
+
+
+@dataclass(slots=True, eq=False)
 class _Item:
-    text: str
-    tokens: int
+    text: Text
     vector: asyncio.Future[NDArray[np.float32]]
+    taken: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody needs it from here on: a batch has it, or its request was cancelled."""
+        return self.taken or self.vector.done()
+
+
+class _Line:
+    """The texts of one lane that no batch has taken yet, by length and by age."""
+
+    def __init__(self) -> None:
+        self._by_length: list[_Item] = []  # those of one length in the order of their arrival
+        self._by_age: deque[_Item] = deque()
+        self._shortest_next = False
+
+    def __len__(self) -> int:
+        return len(self._by_length)
+
+    @property
+    def tokens(self) -> int:
+        return sum(item.text.length for item in self._by_length)
+
+    def add(self, item: _Item) -> None:
+        insort(self._by_length, item, key=_length)
+        self._by_age.append(item)
+
+    def drop_cancelled(self) -> None:
+        self._by_length = [item for item in self._by_length if not item.over]
+        while self._by_age and self._by_age[0].over:
+            self._by_age.popleft()
+
+    def take(self, most: int, padding: int) -> list[_Item]:
+        """The next batch: around the text that waits longest, and by turns around the shortest.
+
+        So nothing waits for ever, and a short text waits for one batch of long ones at the most. Some text must wait.
+        """
+        start = 0 if self._shortest_next else bisect_left(self._by_length, _length(self._by_age[0]), key=_length)
+        self._shortest_next = not self._shortest_next
+        low, high = self._neighbours(start, most, padding)
+        batch = self._by_length[low:high]
+        del self._by_length[low:high]
+        for item in batch:
+            item.taken = True
+        while self._by_age and self._by_age[0].over:
+            self._by_age.popleft()
+        return batch
+
+    def _neighbours(self, start: int, most: int, padding: int) -> tuple[int, int]:
+        """The range of `_by_length` that goes with the one at `start`: the nearest in length, until it is full."""
+        items = self._by_length
+        kind, tokens = items[start].text.kind, items[start].text.length
+        low, high = start, start + 1
+        while True:
+            shorter = items[start].text.length - items[low - 1].text.length if low else None
+            longer = items[high].text.length - items[start].text.length if high < len(items) else None
+            if shorter is None and longer is None:
+                return low, high
+            up = shorter is None or (longer is not None and longer < shorter)
+            added = items[high if up else low - 1].text
+            longest = added.length if up else items[high - 1].text.length
+            padded = longest * (high - low + 1)
+            waste = padded - tokens - added.length
+            if added.kind != kind or padded > most or waste > max(padding, padded // 8):
+                return low, high
+            tokens += added.length
+            low, high = (low, high + 1) if up else (low - 1, high)
+
+
+def _length(item: _Item) -> int:
+    return item.text.length
 
 
 class Batcher:
-    """Feeds `encode` from many requests, first come first served."""
+    """Feeds `encode` from many requests."""
 
-    def __init__(self, encode: Encode, max_batch_tokens: int = MAX_BATCH_TOKENS) -> None:
+    def __init__(self, encode: Encode, budget: Budget) -> None:
         self._encode = encode
-        self._max_batch_tokens = max_batch_tokens
-        self._waiting: deque[_Item] = deque()
+        self._budget = budget
+        self._lines: dict[Lane, _Line] = {"interactive": _Line(), "batch": _Line()}
         self._arrived = asyncio.Event()
+        self._running = 0
+        self._since_batch_lane = 0
 
     @property
     def waiting(self) -> int:
         """Texts that no batch has taken yet."""
-        return len(self._waiting)
+        return sum(len(line) for line in self._lines.values())
 
-    async def submit(self, texts: Sequence[str], tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Vectors of the texts, (n_texts, dimensions). `tokens` are the texts' lengths."""
+    async def submit(self, texts: Sequence[Text], lane: Lane = "interactive") -> NDArray[np.float32]:
+        """Vectors of the texts, float32 (n_texts, dimensions). Raises what `encode` raised on a batch of theirs."""
         loop = asyncio.get_running_loop()
-        items = [_Item(text, n, loop.create_future()) for text, n in zip(texts, tokens, strict=True)]
-        self._waiting.extend(items)
+        items = [_Item(text, loop.create_future()) for text in texts]
+        for item in items:
+            self._lines[lane].add(item)
         self._arrived.set()
         try:
             return np.stack(await asyncio.gather(*(item.vector for item in items)))
@@ -52,6 +158,15 @@ class Batcher:
 
     async def run(self) -> None:
         """Encode for ever; a failed batch fails its own requests."""
+        threads = ThreadPoolExecutor(self._budget.streams, "encode")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._budget.streams):
+                    group.create_task(self._stream(threads))
+        finally:
+            threads.shutdown(wait=False)
+
+    async def _stream(self, threads: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
@@ -59,29 +174,34 @@ class Batcher:
             if not batch:
                 self._arrived.clear()
                 continue
+            self._running += 1
+            alone = self._running == 1 and not self.waiting
             try:
-                vectors = await loop.run_in_executor(None, self._encode, [item.text for item in batch])
-                pairs = list(zip(batch, vectors, strict=True))
+                texts = [item.text for item in batch]
+                pairs = list(zip(batch, await loop.run_in_executor(threads, self._encode, texts, alone), strict=True))
             except Exception as exc:
                 for item in batch:
                     if not item.vector.done():
                         item.vector.set_exception(exc)
                 continue
+            finally:
+                self._running -= 1
             for item, vector in pairs:
                 if not item.vector.done():
                     item.vector.set_result(vector)
 
     def _take(self) -> list[_Item]:
-        """The next batch: at least one text, then as many as the budget holds once all are padded alike."""
-        batch: list[_Item] = []
-        longest = 0
-        while self._waiting:
-            item = self._waiting[0]
-            if item.vector.done():  # its request was cancelled
-                self._waiting.popleft()
-                continue
-            longest = max(longest, item.tokens)
-            if batch and longest * (len(batch) + 1) > self._max_batch_tokens:
-                break
-            batch.append(self._waiting.popleft())
-        return batch
+        """The next batch; nothing if nothing waits."""
+        for line in self._lines.values():
+            line.drop_cancelled()
+        interactive, batch = self._lines["interactive"], self._lines["batch"]
+        if not interactive and not batch:
+            return []
+        line = interactive or batch
+        if interactive and batch:
+            self._since_batch_lane += 1
+            if self._since_batch_lane == BATCH_LANE_EVERY:
+                line, self._since_batch_lane = batch, 0
+        budget = self._budget
+        share = -(-line.tokens // budget.streams)
+        return line.take(min(max(share, budget.least), budget.most), budget.padding)

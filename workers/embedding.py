@@ -1,10 +1,9 @@
-"""The embedding worker: sentence-transformers behind a batcher. The only module that knows the library."""
+"""The embedding worker: jobs to texts, texts through a batcher to the model, vectors back."""
 
 import asyncio
-import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,64 +14,14 @@ from server.core.messages import EmbeddingResult, Job, Record, WorkerType, encod
 from server.core.registry import ModelSpec
 from server.core.settings import BadSettings, Settings
 from workers.base import Answer, Worker
-from workers.batching import Batcher
+from workers.batching import Batcher, Text
+from workers.embedder import Embedder
 from workers.replies import Reply
 
-PREFETCH = 64
+PREFETCH = 128
+"""Jobs in hand: more than the batches that run hold, so that the next ones are tokenised meanwhile."""
 MAX_DIMENSIONS = 4000
 """Of pgvector's halfvec stored in line: a row must fit a page of 8 KiB."""
-
-
-class Embedder:
-    """A loaded sentence-transformers model."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        options: dict[str, Any] = {"revision": spec.revision, "truncate_dim": spec.dimensions}
-        if spec.pooling is None:
-            self._model = SentenceTransformer(spec.source, **options)
-        else:
-            from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-            at = {"revision": spec.revision}
-            transformer = Transformer(spec.source, model_kwargs=at, config_kwargs=at, processor_kwargs=at)
-            pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=spec.pooling)
-            self._model = SentenceTransformer(modules=[transformer, pooling], **options)
-        own_limit = self._model.max_seq_length
-        self.max_tokens = min(spec.context_length, own_limit or spec.context_length)
-        self._model.max_seq_length = self.max_tokens
-        query_prompt = spec.query_prompt
-        if query_prompt is None:
-            query_prompt = self._model.prompts.get("query") or ""
-        # Counting must not share a tokenizer with encoding, which runs in another thread: each sets its
-        # own padding and truncation on it.
-        self._counter = copy.deepcopy(self._model.tokenizer)
-        self._prompts = {"query": query_prompt, "document": self._model.prompts.get("document") or ""}
-
-    def prepare(self, given: list[str | list[int]], input_type: str) -> tuple[list[str], list[int]]:
-        """The texts as the model wants them for `query` or `document`, and their lengths in tokens.
-
-        What is given as token ids is read as the model's own tokenizer reads them. Raises IndexError with the
-        position of a list that has an id which is no token.
-        """
-        texts = [self._prompts[input_type] + self._text(index, one) for index, one in enumerate(given)]
-        ids = self._counter(texts, truncation=False, add_special_tokens=True)["input_ids"]
-        return texts, [len(row) for row in ids]
-
-    def _text(self, index: int, given: str | list[int]) -> str:
-        if isinstance(given, str):
-            return given
-        if max(given) >= len(self._counter):
-            raise IndexError(index)
-        return str(self._counter.decode(given, skip_special_tokens=True))
-
-    def encode(self, texts: list[str]) -> NDArray[np.float32]:
-        """float32 (n_texts, dimensions), L2-normalised, also where `dimensions` cuts the model's own."""
-        vectors: NDArray[np.float32] = self._model.encode(
-            texts, batch_size=len(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-        )
-        return vectors.astype("<f4", copy=False)
 
 
 class EmbeddingWorker(Worker):
@@ -83,44 +32,35 @@ class EmbeddingWorker(Worker):
         self._spec = spec
         self._embedder: Embedder
         self._batcher: Batcher
-        self._counting = ThreadPoolExecutor(1)
+        self._tokenising = ThreadPoolExecutor(1, "tokenise")
         self._batching: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         self._embedder = await asyncio.to_thread(Embedder, self._spec)
         # The first call pays for lazy initialisation; let it not be a client's.
-        (vector,) = await asyncio.to_thread(self._embedder.encode, ["ready"])
+        (vector,) = await asyncio.to_thread(self._try_out)
         if len(vector) > MAX_DIMENSIONS:
             raise BadSettings(
                 f"model {self.model!r} has {len(vector)} dimensions; set `dimensions` to {MAX_DIMENSIONS} or fewer."
             )
-        self._batcher = Batcher(self._embedder.encode)
+        self._batcher = Batcher(self._embedder.encode, self._embedder.budget)
         self._batching = asyncio.create_task(self._batcher.run())
         return PREFETCH
+
+    def _try_out(self) -> NDArray[np.float32]:
+        return self._embedder.encode(self._embedder.tokenise(["ready"], "document", truncate=True))
+
+    def alive(self) -> bool:
+        return self._batching is not None and not self._batching.done()
 
     async def stop(self) -> None:
         if self._batching is not None:
             self._batching.cancel()
 
     async def handle(self, job: Job, _reply: Reply) -> Answer:
-        given: list[str | list[int]] = job.body["input"]
-        first: int = job.body.get("first", 0)  # of a request that is several jobs
-        input_type = job.body.get("input_type", "document")
-        loop = asyncio.get_running_loop()
-        try:
-            texts, lengths = await loop.run_in_executor(self._counting, self._embedder.prepare, given, input_type)
-        except IndexError as exc:
-            param = f"input.{first + exc.args[0]}"
-            raise InvalidRequest(f"{param}: holds a token id that {self.model} does not have.", param=param) from exc
-        limit = self._embedder.max_tokens
-        for index, length in enumerate(lengths):
-            if length > limit and not job.body.get("truncate"):
-                raise InvalidRequest(
-                    f"Text {first + index} has {length} tokens; {self.model} takes {limit}. Shorten it or split it.",
-                    param=f"input.{first + index}",
-                )
-        prompt_tokens = sum(min(length, limit) for length in lengths)
-        vectors = await self._batcher.submit(texts, [min(length, limit) for length in lengths])
+        texts = await self._tokenise(job)
+        prompt_tokens = sum(text.length for text in texts)
+        vectors = await self._batcher.submit(texts, job.lane)
         self.beacon.progress(prompt_tokens)
         result = EmbeddingResult(self.model, vectors.shape[1], prompt_tokens, vectors.tobytes())
         metrics.embedding_requests.labels(self.model).inc()
@@ -139,3 +79,23 @@ class EmbeddingWorker(Worker):
             texts=len(texts),
         )
         return Answer("result", encode_embeddings(result), record)
+
+    async def _tokenise(self, job: Job) -> list[Text]:
+        """The job's texts as the model takes them. Raises InvalidRequest."""
+        given: list[str | list[int]] = job.body["input"]
+        first: int = job.body.get("first", 0)  # of a request that is several jobs
+        input_type: str = job.body.get("input_type", "document")
+        tokenise = partial(self._embedder.tokenise, given, input_type, truncate=bool(job.body.get("truncate")))
+        try:
+            texts = await asyncio.get_running_loop().run_in_executor(self._tokenising, tokenise)
+        except IndexError as exc:
+            param = f"input.{first + exc.args[0]}"
+            raise InvalidRequest(f"{param}: holds a token id that {self.model} does not have.", param=param) from exc
+        limit = self._embedder.max_tokens
+        for index, text in enumerate(texts, first):
+            if text.length > limit:
+                raise InvalidRequest(
+                    f"Text {index} has {text.length} tokens; {self.model} takes {limit}. Shorten it or split it.",
+                    param=f"input.{index}",
+                )
+        return texts

@@ -29,7 +29,7 @@ class Job:
     count_tokens. `context` is put before the last question when it is asked, and is no part of what was said.
     `created_at` and `deadline` are in Unix seconds: a job past its deadline is dropped, never generated.
     `recorded` is false for the service's own work (vectors of chats, queries of `/chat/similar`), which is
-    neither history nor usage.
+    neither history nor usage. `lane` is that of the queue a worker took it from.
     """
 
     id: str
@@ -45,6 +45,7 @@ class Job:
     traceparent: str = ""
     api: Api = "chat"
     context: str = ""
+    lane: Lane = "interactive"
 
 
 @dataclass(frozen=True, slots=True)

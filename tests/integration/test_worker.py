@@ -32,6 +32,7 @@ class EchoWorker(Worker):
         super().__init__(settings, model)
         self.seen: list[str] = []
         self.cancelled: list[str] = []
+        self.lanes: dict[str, str] = {}
 
     async def start(self) -> int:
         return 8
@@ -41,6 +42,7 @@ class EchoWorker(Worker):
 
     async def handle(self, job: Job, reply: Reply) -> Answer:
         self.seen.append(job.id)
+        self.lanes[job.id] = job.lane
         if job.body.get("break"):
             raise RuntimeError("secret detail")
         if job.body.get("refuse"):
@@ -116,6 +118,15 @@ async def test_a_job_is_answered_recorded_and_acked(bench: Bench) -> None:
         topology.jobs_queue(bench.worker.model, "interactive"), passive=True
     )
     assert (depth, consumers) == (0, 1)
+
+
+async def test_a_job_knows_by_which_lane_it_came(bench: Bench) -> None:
+    # Given jobs that do not say it themselves
+    soon, some_time = bench.job(say="soon"), bench.job(say="some time")
+    waiters = [await bench.inbox.submit(soon, "interactive"), await bench.inbox.submit(some_time, "batch")]
+    for waiter in waiters:
+        await waiter.next()
+    assert bench.worker.lanes == {soon.id: "interactive", some_time.id: "batch"}
 
 
 async def test_an_expired_job_is_never_generated(bench: Bench) -> None:

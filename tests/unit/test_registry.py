@@ -113,6 +113,16 @@ BAD_FILES = {
         5,
         "pooling: is not for chat models, as 'talker' is",
     ),
+    "dtype on a chat model": (
+        TWO_MODELS.replace("    type: chat\n", "    type: chat\n    dtype: auto\n"),
+        5,
+        "dtype: is not for chat models, as 'talker' is",
+    ),
+    "no such dtype": (
+        TWO_MODELS + "    dtype: float8\n",
+        15,
+        "models.1.dtype: should be 'auto', 'float32' or 'bfloat16'",
+    ),
     "no such pooling": (TWO_MODELS + "    pooling: most\n", 15, "models.1.pooling: should be 'mean'"),
     "entry that is no mapping": (TWO_MODELS + "  - talker\n", 15, "models.2: should be a valid dictionary"),
     "no models": ("# none yet\nmodels: []\n", 2, "models: List should have at least 1 item"),
@@ -223,7 +233,9 @@ def test_vectors_made_otherwise_are_of_another_space(change: dict[str, object]) 
     assert embedding("vectors", **change).vector_space != embedding("vectors").vector_space
 
 
-@pytest.mark.parametrize("change", [{"name": "New"}, {"description": "New"}, {"default": True}, {"query_prompt": "q"}])
+@pytest.mark.parametrize(
+    "change", [{"name": "New"}, {"description": "New"}, {"default": True}, {"query_prompt": "q"}, {"dtype": "bfloat16"}]
+)
 def test_what_makes_no_vectors_keeps_their_space(change: dict[str, object]) -> None:
     # What is put before a query is no part of the chats' own vectors
     assert embedding("vectors", **change).vector_space == embedding("vectors").vector_space

@@ -32,7 +32,9 @@ async def listen(url: str, channel: str, listener: Listener) -> None:
     while True:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                connection = await psycopg.AsyncConnection.connect(url, autocommit=True)
+                connection = await psycopg.AsyncConnection.connect(
+                    url, autocommit=True, application_name=f"listen {channel}"
+                )
             async with connection:
                 await connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
                 listener.on_listening()

@@ -126,7 +126,7 @@ async def ours(folder: Path, words: int, server_workers: int) -> AsyncIterator[S
         }
         parts = {}
         for name, argv in {
-            "server": ["server", "serve", "--port", str(port)],
+            "server": ["server", "serve", "--port", str(port), "--workers", str(server_workers)],
             "worker": ["benchmarks.echo", "--words", str(words)],
         }.items():
             child = await start(name, [sys.executable, "-m", *argv], environment, folder / f"{name}.log")

@@ -41,12 +41,17 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         app.state.dispatcher = Dispatcher(settings, registry)
         await ensure_keys(app.state.store, settings)
         await app.state.dispatcher.start()
-        listening = asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys))
+        models = [model.id for model in registry.models]
+        tasks = [
+            asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys)),
+            asyncio.create_task(exporter.keep_ages(app.state.dispatcher, models)),
+        ]
         try:
             yield
         finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await app.state.dispatcher.close()
             await pool.close()
 

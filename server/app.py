@@ -27,6 +27,10 @@ from server.routes import anthropic, health, history, inference, openai
 
 VERSION = "0.1.0"
 
+FIRST_BEAT_S = 1.5
+"""By then every live worker has told of itself, which it does once a second."""
+LOOK_EVERY_S = 0.05
+
 
 def create_app(settings: Settings, registry: Registry) -> FastAPI:
     """The application; it connects when it is started, and needs a migrated database."""
@@ -41,6 +45,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         app.state.dispatcher = Dispatcher(settings, registry)
         await ensure_keys(app.state.store, settings)
         await app.state.dispatcher.start()
+        await _hear_workers(app.state.dispatcher, registry)
         models = [model.id for model in registry.models]
         tasks = [
             asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys)),
@@ -73,6 +78,14 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     app.add_middleware(Accounting, direct=direct_routes(app.routes))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
+
+
+async def _hear_workers(dispatcher: Dispatcher, registry: Registry) -> None:
+    """Whoever came before would be told that there are no workers, each time a server starts."""
+    for _ in range(int(FIRST_BEAT_S / LOOK_EVERY_S)):
+        if all(dispatcher.fleet.has(model.type, model.id) for model in registry.models):
+            break
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _counted() -> bytes:
     if not SEVERAL:
         return generate_latest()
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # has no types
     return generate_latest(registry)
 
 

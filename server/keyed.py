@@ -57,6 +57,8 @@ class KeyedRoute(APIRoute):
         super().__init__(*args, **kwargs)
         self.direct = self._takes_only_a_body()
         if self.direct:
+            self._request_name = str(self.dependant.request_param_name)
+            self._body_name = self.dependant.body_params[0].name
             self.app = self._answer
 
     def _takes_only_a_body(self) -> bool:
@@ -71,8 +73,7 @@ class KeyedRoute(APIRoute):
         try:
             await authenticate(request)
             body = self._validated(await request.body())
-            names = {self.dependant.request_param_name: request, self.dependant.body_params[0].name: body}
-            response = await self.endpoint(**names)
+            response = await self.endpoint(**{self._request_name: request, self._body_name: body})
         except (ServiceError, RequestValidationError, ClientDisconnect) as exc:
             response = answer_to(request, exc)
         await response(scope, receive, send)

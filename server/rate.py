@@ -57,6 +57,7 @@ class RateLimiter:
         try:
             while self._waiting:
                 waiting, self._waiting = self._waiting, {}
+                found: dict[int, RateState] | ServiceError
                 try:
                     found = await self._ask({key_id: len(futures) for key_id, futures in waiting.items()})
                 except ServiceError as exc:

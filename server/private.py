@@ -103,9 +103,10 @@ class PrivatePostgres:
 
 @dataclass(slots=True)
 class PrivateRabbitMQ:
-    """The distribution's RabbitMQ with its own node name, ports, cookie and data directory."""
+    """The distribution's RabbitMQ with its own node name, ports, cookie and data directory, on `cores` (None: all)."""
 
     folder: Path
+    cores: set[int] | None = None
     _epmd: Child | None = None
     _broker: Child | None = None
     _ports: tuple[int, int, int] | None = None
@@ -130,7 +131,7 @@ class PrivateRabbitMQ:
         self._epmd = await start(
             "epmd", [epmd, "-port", str(epmd_port), "-address", "127.0.0.1"], environment, self.folder / "epmd.log"
         )
-        self._broker = await start("rabbitmq", [program], environment, self.folder / "rabbitmq.log")
+        self._broker = await start("rabbitmq", [program], environment, self.folder / "rabbitmq.log", self.cores)
         await self._until_listening(port)
         return f"amqp://qwen3:{self._password()}@127.0.0.1:{port}/%2F"
 

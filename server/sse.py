@@ -61,20 +61,48 @@ class SseResponse(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        following = asyncio.ensure_future(anext(self._events, None))
+        quiet = _Quiet(send, self._keep_alive)
         try:
-            while True:
-                done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE_S)
-                body = following.result() if done else self._keep_alive
-                if body is None:
-                    break
+            async for body in self._events:
+                quiet.broken_at = None
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-                if done:
-                    following = asyncio.ensure_future(anext(self._events, None))
+                quiet.broken_at = quiet.now()
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            quiet.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Quiet:
+    """Breaks a stream's silence with a comment. One timer a stream, which looks back when it fires: a timeout around
+    each event would cost more than the event.
+
+    `broken_at` is when the last event was sent, by the loop's clock; None while one is being sent.
+    """
+
+    def __init__(self, send: Send, comment: bytes) -> None:
+        self._send = send
+        self._comment = comment
+        self._loop = asyncio.get_running_loop()
+        self._sending: asyncio.Task[None] | None = None
+        self.now = self._loop.time
+        self.broken_at: float | None = self.now()
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._look)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
+
+    def _look(self) -> None:
+        now = self.now()
+        since = now if self.broken_at is None else self.broken_at
+        if now - since >= KEEP_ALIVE_S:
+            self._sending = self._loop.create_task(self._say())
+            since = self.broken_at = now
+        self._timer = self._loop.call_at(since + KEEP_ALIVE_S, self._look)
+
+    async def _say(self) -> None:
+        await self._send({"type": "http.response.body", "body": self._comment, "more_body": True})
 
 
 async def _disconnected(receive: Receive) -> None:

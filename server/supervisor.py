@@ -87,7 +87,7 @@ class Supervisor:
     async def _serve(self, registry: Registry) -> int:
         began = time.monotonic()
         registry, models_file = await self._weights(registry)
-        database_url, amqp_url = await self._stores()
+        database_url, amqp_url = await self._stores(self._off_the_engine(registry))
         applied = await asyncio.to_thread(migrate, database_url, alone=not self._settings.database_url)
         if applied:
             say(f"Database schema: applied {', '.join(applied)}")
@@ -153,8 +153,8 @@ class Supervisor:
         if child.process.returncode:
             raise BadSettings(f"{name} failed with status {child.process.returncode}.\n{child.tail()}")
 
-    async def _stores(self) -> tuple[str, str]:
-        """Addresses of Postgres and RabbitMQ; private ones are started and stop with the stack."""
+    async def _stores(self, cores: set[int] | None) -> tuple[str, str]:
+        """Addresses of Postgres and RabbitMQ; private ones are started on `cores` and stop with the stack."""
 
         async def address(given: str, name: str, private: PrivatePostgres | PrivateRabbitMQ) -> str:
             if given:
@@ -166,7 +166,7 @@ class Supervisor:
         say("Starting Postgres and RabbitMQ …")
         database_url, amqp_url = await asyncio.gather(
             address(self._settings.database_url, "Postgres", PrivatePostgres(self._folder / "postgres")),
-            address(self._settings.amqp_url, "RabbitMQ", PrivateRabbitMQ(self._folder / "rabbitmq")),
+            address(self._settings.amqp_url, "RabbitMQ", PrivateRabbitMQ(self._folder / "rabbitmq", cores)),
         )
         addresses = self._folder / "addresses.json"
         addresses.touch(mode=0o600)
@@ -199,11 +199,17 @@ class Supervisor:
             "RATE_LIMIT_PER_MINUTE": str(self._settings.rate_limit_per_minute),
             "METRICS_PORT": "0",
         }
-        # vLLM's CPU build spins on the cores it takes; with few of them the others keep off, on the last.
+        others = self._off_the_engine(registry)
+        if others is not None:
+            environment["FRONT_CORES"] = ",".join(str(core) for core in others)
+        return Plan(commands, environment, {name: None if name.startswith("chat") else others for name in commands})
+
+    def _off_the_engine(self, registry: Registry) -> set[int] | None:
+        """Where all but the engine runs. vLLM's CPU build spins on the cores it takes: with few of them the others
+        keep off, on the last."""
         cores = sorted(os.sched_getaffinity(0))
         crowded = 1 < len(cores) <= FEW_CORES and shutil.which("nvidia-smi") is None
-        others = {cores[-1]} if crowded else None
-        return Plan(commands, environment, {name: None if name.startswith("chat") else others for name in commands})
+        return {cores[-1]} if crowded and registry.of_type("chat") else None
 
     async def _start(self, name: str, plan: Plan) -> None:
         argv = [sys.executable, "-m", *plan.commands[name]]

@@ -1,9 +1,10 @@
 """The workers' command line: `python -m workers chat|embedding|archive|smoke`."""
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
+
+import uvloop
 
 from server.core import logging as json_logging
 from server.core.errors import ServiceError
@@ -75,7 +76,7 @@ def main() -> int:
         for name in ("amqp_url", "database_url")[: 2 if args.type == "archive" else 1]:
             if not getattr(settings, name):
                 raise BadSettings(f"{name.upper()} is not set. A worker needs it; ./run starts everything itself.")
-        return asyncio.run(_run(args, settings))
+        return uvloop.run(_run(args, settings))
     except ServiceError as exc:
         print(f"error: {exc.message}", file=sys.stderr)
         return 1

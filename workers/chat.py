@@ -9,6 +9,7 @@ from server.core.registry import ModelSpec
 from server.core.settings import Settings
 from workers.base import Answer, Worker
 from workers.engine import ChatEngine, start_engine
+from workers.placement import keep_apart
 from workers.replies import Reply
 from workers.transcript import Transcript, asked, put_before_question
 
@@ -24,6 +25,8 @@ class ChatWorker(Worker):
 
     async def start(self) -> int:
         self._engine = await self._stack.enter_async_context(start_engine(self._spec, self.settings))
+        if self.settings.front_cores:
+            keep_apart({int(core) for core in self.settings.front_cores.split(",")})
         return self._engine.max_num_seqs
 
     async def stop(self) -> None:

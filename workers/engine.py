@@ -64,12 +64,8 @@ class UnknownOption(BadSettings):
         self.option = option
 
 
-def engine_arguments(spec: ModelSpec, media_domains: list[str]) -> Any:
-    """vLLM's parsed arguments for a model that may fetch media from these hosts. Raises UnknownOption."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser())
+def engine_options(spec: ModelSpec, media_domains: list[str]) -> dict[str, Any]:
+    """vLLM's options, by name, for a model that may fetch media from these hosts."""
     options = {
         **DEFAULTS,
         **({"logits_processors": SAMPLERS} if spec.extra_samplers else {}),
@@ -83,11 +79,13 @@ def engine_arguments(spec: ModelSpec, media_domains: list[str]) -> Any:
     }
     if spec.revision is not None:
         options["revision"] = spec.revision
-    known = vars(parser.parse_args([]))
+    return options
+
+
+def engine_argv(options: dict[str, Any]) -> list[str]:
+    """Options as vLLM's command line has them."""
     argv: list[str] = []
     for name, value in options.items():
-        if name not in known:
-            raise UnknownOption(name, f"model {spec.id!r}: engine: {name!r} is not an option of this vLLM")
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
@@ -95,7 +93,21 @@ def engine_arguments(spec: ModelSpec, media_domains: list[str]) -> Any:
             argv += [flag, *value] if value else []
         else:
             argv += [flag, value if isinstance(value, str) else json.dumps(value)]
-    args = parser.parse_args(argv)
+    return argv
+
+
+def engine_arguments(spec: ModelSpec, media_domains: list[str]) -> Any:
+    """vLLM's parsed arguments for a model. Raises UnknownOption."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    options = engine_options(spec, media_domains)
+    known = vars(parser.parse_args([]))
+    for name in options:
+        if name not in known:
+            raise UnknownOption(name, f"model {spec.id!r}: engine: {name!r} is not an option of this vLLM")
+    args = parser.parse_args(engine_argv(options))
     validate_parsed_serve_args(args)
     return args
 

@@ -18,7 +18,7 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
-from server.core import topology
+from server.core import metrics, topology
 from server.core.errors import BrokerUnavailable, QueueFull
 from server.core.settings import BadSettings
 
@@ -139,6 +139,7 @@ class AmqpLink:
         if channel is None or not channel.is_open or not self.connected:
             raise BrokerUnavailable(LOST)
         channel.basic_publish(exchange, routing_key, body, properties, mandatory=mandatory)
+        metrics.amqp_messages.inc()
         return next(self._tags)
 
     def ack(self, delivery: Delivery) -> None:

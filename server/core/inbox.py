@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -35,7 +36,15 @@ class Waiter:
         self._run = ""
         self._seq = 0
         self._told = False
-        self._frames: asyncio.Queue[Frame | Exception] = asyncio.Queue()
+        self._frames: deque[Frame | Exception] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        late = DeadlineExceeded("No worker answered before the request's deadline.")
+        left_s = job.deadline + DEADLINE_GRACE_S - time.time()
+        # One timer a request: a timeout around each frame would cost more than the frame.
+        self._deadline = asyncio.get_running_loop().call_later(max(left_s, 0), self._add, late)
+
+    def close(self) -> None:
+        self._deadline.cancel()
 
     def put(self, item: Frame | Exception) -> None:
         """Take in what arrived for this request."""
@@ -50,40 +59,39 @@ class Waiter:
             else:
                 self._seq += 1
                 self._told = True
-        self._frames.put_nowait(item)
+        self._add(item)
 
     def _begin(self, frame: Frame) -> bool:
         """Follow the run of this frame from now on, if that is a new one."""
         if self._run and frame.kind != "started":
             return False  # of a run that was given up
         if self._told:
-            self._frames.put_nowait(_cut_short())
+            self._add(_cut_short())
             return False
         self._run, self.started = frame.run, True
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
         return True
 
+    def _add(self, item: Frame | Exception) -> None:
+        self._frames.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
     async def next(self) -> Frame:
-        """The next frame: chunk, usage, result or done.
+        """The next frame: chunk, usage, result or done. Does not yield to the loop where it has arrived already.
 
         Raises the ServiceError that the request ended with, or DeadlineExceeded.
         """
-        item = await self._get()
+        while not self._frames:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        item = self._frames.popleft()
         if isinstance(item, Exception):
             raise item
         if item.kind == "error":
             error = decode(ErrorFrame, item.data)
             raise from_status(error.status, error.message, error.param, error.code)
         return item
-
-    async def _get(self) -> Frame | Exception:
-        if not self._frames.empty():  # what has arrived counts, however late its reader comes
-            return self._frames.get_nowait()
-        left = self.job.deadline + DEADLINE_GRACE_S - time.time()
-        try:
-            return await asyncio.wait_for(self._frames.get(), max(left, 0))
-        except TimeoutError as exc:
-            raise DeadlineExceeded("No worker answered before the request's deadline.") from exc
 
 
 def _cut_short() -> AnswerLost:
@@ -139,7 +147,8 @@ class Inbox:
         return waiter
 
     def release(self, request_id: str) -> None:
-        self.waiting.pop(request_id, None)
+        if (waiter := self.waiting.pop(request_id, None)) is not None:
+            waiter.close()
 
     async def _setup_publisher(self, link: AmqpLink) -> None:
         await link.declare_queue(topology.DEAD)

@@ -30,6 +30,7 @@ embedding_requests = Counter("qwen3_embedding_requests", "Embedding jobs done", 
 embedding_texts = Counter("qwen3_embedding_texts", "Texts embedded", ["model"])
 jobs = Counter("qwen3_jobs", "Jobs a worker finished", ["model", "outcome"])
 jobs_running = Gauge("qwen3_jobs_running", "Jobs a worker has in hand", ["model"])
+amqp_messages = Counter("qwen3_amqp_messages", "Messages this process sent to the broker")
 history_records = Counter("qwen3_history_records", "Finished requests written to Postgres", ["type"])
 history_lag = Histogram("qwen3_history_lag_seconds", "From a request's end to its row in Postgres", buckets=_LATENCY_S)
 vectors_written = Counter("qwen3_history_vectors", "Chats made searchable", ["model"])

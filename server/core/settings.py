@@ -60,6 +60,11 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="What running requests get to finish on SIGTERM"
     )
+    front_cores: str = Field(
+        "",
+        pattern=r"^(\d+(,\d+)*)?$",
+        description="Cores, comma-separated, that a chat worker keeps to, leaving its engine the others; set by `up`",
+    )
     log_level: str = Field("INFO", pattern="(?i)^(debug|info|warning|error)$", description="Least severe log line")
 
     @field_validator("api_key")

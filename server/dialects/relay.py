@@ -46,6 +46,7 @@ class Turn:
     async def frames(self) -> AsyncGenerator[Frame, None]:
         """Every frame but the last, `done`. Raises the ServiceError that the answer ended with."""
         started: float = self.request.state.started
+        to_next = metrics.inter_token_latency.labels(self.model).observe
         frame, last = self.first, 0.0
         if self.ticket.api == "completions":  # a chat's first frame opens the answer and carries no text
             last = time.monotonic()
@@ -56,7 +57,7 @@ class Turn:
             now = time.monotonic()
             if frame.kind == "chunk":
                 if last:
-                    metrics.inter_token_latency.labels(self.model).observe(now - last)
+                    to_next(now - last)
                 else:
                     metrics.ttft.labels(self.model).observe(now - started)
                 last = now

@@ -46,6 +46,7 @@ async def check(request: Request) -> Health:
     workers = [
         WorkerHealth(
             worker=w.worker,
+            metrics_port=w.metrics_port,
             type=w.type,
             model=w.model,
             ready=w.ready,

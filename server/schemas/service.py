@@ -23,6 +23,7 @@ class ModelEntry(BaseModel):
 
 class WorkerHealth(BaseModel):
     worker: str
+    metrics_port: int
     type: Literal["chat", "embedding", "archive"]
     model: str
     ready: bool

@@ -1,0 +1,27 @@
+"""Which cores the engine's processes keep to, and which the process that feeds them.
+
+vLLM's CPU build has a scheduler process and a computing process that hand each step to one another and spin while they
+wait. Left to the kernel, the scheduler spins on the core where the tokens are turned into text and sent, and takes half
+of it. The two never work at the same time, so that they lose nothing on the same core.
+"""
+
+import contextlib
+import os
+
+import psutil
+
+
+def keep_apart(front: set[int]) -> None:
+    """This process's threads on the cores `front`, those of its children on all others."""
+    process = psutil.Process()
+    others = os.sched_getaffinity(0) - front
+    for child in process.children(recursive=True):
+        _keep_to(child, others)
+    _keep_to(process, front)
+
+
+def _keep_to(process: psutil.Process, cores: set[int]) -> None:
+    """A thread that was bound to some of these already stays so."""
+    for thread in process.threads():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread.id, os.sched_getaffinity(thread.id) & cores or cores)

@@ -13,9 +13,9 @@ Finished chats stay in the history queue: the archivist's work is measured by be
 import argparse
 import asyncio
 import json
-import os
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.echo import WORD
-from benchmarks.stack import KEY, PROJECT, cpu_seconds
+from benchmarks.stack import KEY, cpu_seconds
 from server.db.pool import migrate
 from server.private import PrivatePostgres, PrivateRabbitMQ, free_port
 from server.process import start
 
+OURS, THEIRS = "this service", "LiteLLM"
 MODEL = "echo"
 MODELS = f"models: [{{id: {MODEL}, name: Echo, type: chat, source: none, context_length: 8192, default: true}}]\n"
 QUESTION = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France? " * 4}]}
@@ -106,7 +107,7 @@ async def _load(system: System, parallel: int, stream: bool, seconds: float) -> 
 
 
 @asynccontextmanager
-async def ours(folder: Path, words: int, server_workers: int) -> AsyncIterator[System]:
+async def ours(folder: Path, words: int, workers: int) -> AsyncIterator[System]:
     """The API server and the echoing worker over a private broker and database."""
     postgres, rabbitmq = PrivatePostgres(folder / "postgres"), PrivateRabbitMQ(folder / "rabbitmq")
     models, port = folder / "models.yaml", free_port()
@@ -121,21 +122,19 @@ async def ours(folder: Path, words: int, server_workers: int) -> AsyncIterator[S
             "AMQP_URL": amqp_url,
             "MODELS_FILE": str(models),
             "API_KEY": KEY,
-            "RATE_LIMIT_PER_MINUTE": os.environ.get("RATE_LIMIT_PER_MINUTE", "0"),
-            "PYTHONPATH": str(PROJECT),
+            "RATE_LIMIT_PER_MINUTE": "0",
         }
         parts = {}
         for name, argv in {
-            "server": ["server", "serve", "--port", str(port), "--workers", str(server_workers)],
+            "server": ["server", "serve", "--port", str(port), "--workers", str(workers)],
             "worker": ["benchmarks.echo", "--words", str(words)],
         }.items():
             child = await start(name, [sys.executable, "-m", *argv], environment, folder / f"{name}.log")
             stack.push_async_callback(child.stop, 10)
             parts[name] = psutil.Process(child.process.pid)
-        assert rabbitmq._broker is not None
-        parts["broker"] = psutil.Process(rabbitmq._broker.process.pid)
+        parts["broker"] = next(c for c in psutil.Process().children() if "rabbitmq-server" in " ".join(c.cmdline()))
         parts["database"] = psutil.Process(int((folder / "postgres" / "postmaster.pid").read_text().split()[0]))
-        system = System("this service", f"http://127.0.0.1:{port}", KEY, parts)
+        system = System(OURS, f"http://127.0.0.1:{port}", KEY, parts)
         await _until_it_answers(system)
         yield system
 
@@ -155,7 +154,7 @@ async def litellm(command: str, folder: Path, words: int) -> AsyncIterator[Syste
         "litellm", argv, {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}, folder / "litellm.log"
     )
     try:
-        system = System("LiteLLM", f"http://127.0.0.1:{port}", key, {"proxy": psutil.Process(child.process.pid)})
+        system = System(THEIRS, f"http://127.0.0.1:{port}", key, {"proxy": psutil.Process(child.process.pid)})
         await _until_it_answers(system)
         yield system
     finally:
@@ -194,43 +193,98 @@ def _figures(samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-async def _measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a load: how it was, and each system's figures."""
     loads = [(stream, parallel) for stream in (False, True) for parallel in args.parallel]
+    taken: dict[tuple[bool, int], dict[str, list[Sample]]] = {load: {} for load in loads}
     with tempfile.TemporaryDirectory(prefix="qwen3-") as folder:
         async with AsyncExitStack() as stack:
-            systems = [await stack.enter_async_context(ours(Path(folder), args.words, args.server_workers))]
+            systems = [await stack.enter_async_context(ours(Path(folder), args.words, args.workers))]
             if args.litellm:
                 systems.append(await stack.enter_async_context(litellm(args.litellm, Path(folder), args.words)))
-            taken: dict[tuple[str, bool, int], list[Sample]] = {}
-            with tqdm(total=args.rounds * len(loads) * len(systems), unit="load") as bar:
-                for system in systems:
-                    for stream, parallel in loads:
-                        await _load(system, parallel, stream, WARM_UP_S / len(loads))
+            for system in systems:
+                for stream, parallel in loads:
+                    await _load(system, parallel, stream, WARM_UP_S / len(loads))
+            with tqdm(total=args.rounds * len(loads) * len(systems), unit="load", disable=None) as bar:
                 for _ in range(args.rounds):
                     for stream, parallel in loads:
                         for system in systems:
-                            key = (system.name, stream, parallel)
                             bar.set_postfix_str(f"{system.name}, {parallel} parallel{', streamed' if stream else ''}")
-                            taken.setdefault(key, []).append(await _load(system, parallel, stream, args.seconds))
+                            sample = await _load(system, parallel, stream, args.seconds)
+                            taken[stream, parallel].setdefault(system.name, []).append(sample)
                             bar.update()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for (name, stream, parallel), samples in taken.items():
-        found.setdefault(name, []).append({"stream": stream, "parallel": parallel, **_figures(samples)})
-    return found
+    return [
+        {"stream": stream, "parallel": parallel, **{name: _figures(samples) for name, samples in of_each.items()}}
+        for (stream, parallel), of_each in taken.items()
+    ]
+
+
+def _compare(row: dict[str, Any]) -> None:
+    """Add how many times LiteLLM's requests per CPU second ours are: without the worker, whose part an engine has
+    anyway, and with it."""
+    proxy = row[THEIRS]["cpu_s_per_1000_requests"]["proxy"]
+    used = row[OURS]["cpu_s_per_1000_requests"]
+    served = used["server"] + used["broker"] + used["database"]
+    row["requests_per_core_times_litellm"] = round(proxy / served, 2)
+    row["with_the_worker"] = round(proxy / (served + used["worker"]), 2)
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    told = []
+    for row in rows:
+        here = row[OURS]
+        text = f"{row['parallel']} parallel{' streamed' if row['stream'] else ''}: {here['requests_per_s']} requests/s"
+        text += f", {here['latency_ms'][50]} ms (p99 {here['latency_ms'][99]})"
+        if THEIRS in row:
+            text += (
+                f", per core {row['requests_per_core_times_litellm']} x LiteLLM ({row['with_the_worker']} x with the"
+            )
+            text += f" worker; LiteLLM {row[THEIRS]['requests_per_s']} requests/s)"
+        told.append(text)
+    return "; ".join(told)
+
+
+def _draw(rows: list[dict[str, Any]], figure: Any) -> None:
+    axes = figure.subplots(1, 2)
+    for stream, style in ((False, "-"), (True, "--")):
+        of_kind = [row for row in rows if row["stream"] == stream]
+        parallel = [row["parallel"] for row in of_kind]
+        for name, colour in ((OURS, "tab:blue"), (THEIRS, "tab:orange")):
+            if name in rows[0]:
+                label = f"{name}{', streamed' if stream else ''}"
+                rate = [row[name]["requests_per_s"] for row in of_kind]
+                delay = [row[name]["latency_ms"][50] for row in of_kind]
+                axes[0].plot(parallel, rate, style, color=colour, marker="o", label=label)
+                axes[1].plot(parallel, delay, style, color=colour, marker="o", label=label)
+    for axis, title in zip(axes, ("requests/s", "latency p50, ms"), strict=True):
+        axis.set(title=title, xlabel="parallel clients", xscale="log", yscale="log")
+        axis.legend()
 
 
 def main() -> int:
     top = report.parser(__doc__)
     top.add_argument("--litellm", default="", metavar="COMMAND", help="LiteLLM's proxy, to compare with (not compared)")
     top.add_argument("--parallel", type=int, nargs="+", default=[1, 16, 64], metavar="N", help="clients (1 16 64)")
-    top.add_argument("--seconds", type=float, default=8, help="of each load (8)")
+    top.add_argument("--seconds", type=float, default=6, help="of each load (6)")
     top.add_argument("--rounds", type=int, default=3, help="of all loads, alternating (3)")
     top.add_argument("--words", type=int, default=32, metavar="N", help="words of an answer, a chunk each (32)")
-    top.add_argument("--server-workers", type=int, default=1, metavar="N", help="processes of the API server (1)")
+    top.add_argument("--workers", type=int, default=1, metavar="N", help="processes of the API server (1)")
     args = top.parse_args()
-    found = uvloop.run(_measure(args))
-    print(json.dumps(found, indent=1))
+    rows = uvloop.run(_measure(args))
+    for row in rows:
+        if THEIRS in row:
+            _compare(row)
+    result = {"litellm": _version(args.litellm), "loads": rows}
+    report.save(args, "gateway", result, _summary(rows), lambda figure: _draw(rows, figure))
     return 0
+
+
+def _version(command: str) -> str | None:
+    """What LiteLLM says of itself."""
+    if not command:
+        return None
+    told = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True).stdout
+    return told.strip().splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ async def ours(folder: Path, words: int, workers: int) -> AsyncIterator[System]:
             child = await start(name, [sys.executable, "-m", *argv], environment, folder / f"{name}.log")
             stack.push_async_callback(child.stop, 10)
             parts[name] = psutil.Process(child.process.pid)
-        parts["broker"] = next(c for c in psutil.Process().children() if "rabbitmq-server" in " ".join(c.cmdline()))
+        parts["broker"] = next(c for c in psutil.Process().children() if "rabbitmq" in " ".join(c.cmdline()))
         parts["database"] = psutil.Process(int((folder / "postgres" / "postmaster.pid").read_text().split()[0]))
         system = System(OURS, f"http://127.0.0.1:{port}", KEY, parts)
         await _until_it_answers(system)

@@ -3,20 +3,20 @@
 import argparse
 import asyncio
 import json
+import socket
 import sys
 from pathlib import Path
 
 import uvloop
 
-from server.app import create_app
 from server.auth import hash_key, new_key
 from server.core import logging as json_logging
 from server.core.errors import ServiceError
-from server.core.http import HttpServer
 from server.core.registry import load_registry
 from server.core.settings import BadSettings, Settings, load_settings
 from server.core.signals import stop_event
 from server.db.pool import migrate
+from server.processes import ServerProcesses
 from server.supervisor import Supervisor, open_store
 
 
@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--models", type=Path, metavar="FILE", help="the models to serve (MODELS_FILE)")
         command.add_argument("--host", help="address to listen on (HOST)")
         command.add_argument("--port", type=int, help="port to listen on (PORT)")
+        command.add_argument("--workers", type=int, metavar="N", help="processes of the API (SERVER_WORKERS)")
+    serve.add_argument("--fd", type=int, metavar="N", help="serve on this listening socket, which was inherited")
     text = "make, list and revoke API keys"
     keys = commands.add_parser("keys", help=text, description=text)
     keys.add_argument("--data-dir", type=Path, metavar="DIR", help="of the ./run whose keys these are (DATA_DIR)")
@@ -77,15 +79,22 @@ async def _keys(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, fd: int | None) -> int:
     for name in ("database_url", "amqp_url"):
         if not getattr(settings, name):
             raise BadSettings(f"{name.upper()} is not set. The server needs it; ./run starts everything itself.")
+    if settings.server_workers > 1 and fd is None:
+        return asyncio.run(ServerProcesses(settings).run())
+    # Here, because no other command needs the half of it, and the process that keeps several of these none.
+    from server.app import create_app
+    from server.core.http import HttpServer
+
     app = create_app(settings, load_registry(settings.models_file))
     server = HttpServer(app, settings.host, settings.port, settings.drain_timeout_s)
+    sockets = None if fd is None else [socket.socket(fileno=fd)]
 
     async def until_stopped() -> None:
-        serving = asyncio.create_task(server.serve())
+        serving = asyncio.create_task(server.serve(sockets))
         stopped = asyncio.create_task(stop_event().wait())
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
@@ -99,13 +108,14 @@ def main() -> int:
     args = parser().parse_args()
     given = {name: getattr(args, name, None) for name in ("host", "port", "data_dir")}
     try:
-        settings = load_settings(models_file=getattr(args, "models", None), **given)
+        renamed = {"models_file": getattr(args, "models", None), "server_workers": getattr(args, "workers", None)}
+        settings = load_settings(**given, **renamed)
         if args.command == "up":
             json_logging.configure("ERROR", "up")
             return asyncio.run(Supervisor(settings).run())
         json_logging.configure(settings.log_level, "server")
         if args.command == "serve":
-            return _serve(settings)
+            return _serve(settings, args.fd)
         if args.command == "keys":
             return asyncio.run(_keys(args, settings))
         print("\n".join(migrate(_database_url(settings))) or "The schema is up to date.")

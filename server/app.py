@@ -1,5 +1,6 @@
 """The API server's application: what is alive while it runs, and what is served where."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,14 +14,22 @@ from server import exporter
 from server.auth import ensure_keys
 from server.core.registry import Registry
 from server.core.settings import Settings
+from server.db.listen import listen
 from server.db.pool import make_pool, open_pool
 from server.db.store import Store
 from server.dispatch import Dispatcher
 from server.errors import PREFIX, add_error_handlers
+from server.keyed import direct_routes
+from server.keys import CHANNEL, KeyCache
 from server.middleware import Accounting
+from server.rate import RateLimiter
 from server.routes import anthropic, health, history, inference, openai
 
 VERSION = "0.1.0"
+
+FIRST_BEAT_S = 1.5
+"""By then every live worker has told of itself, which it does once a second."""
+LOOK_EVERY_S = 0.05
 
 
 def create_app(settings: Settings, registry: Registry) -> FastAPI:
@@ -31,19 +40,29 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         pool = make_pool(settings.database_url)
         await open_pool(pool)
         app.state.store = Store(pool)
+        app.state.keys = KeyCache(app.state.store)
+        app.state.rates = RateLimiter(app.state.store, settings.rate_limit_per_minute)
         app.state.dispatcher = Dispatcher(settings, registry)
         await ensure_keys(app.state.store, settings)
         await app.state.dispatcher.start()
+        await _hear_workers(app.state.dispatcher, registry)
+        models = [model.id for model in registry.models]
+        tasks = [
+            asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys)),
+            asyncio.create_task(exporter.keep_ages(app.state.dispatcher, models)),
+        ]
         try:
             yield
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await app.state.dispatcher.close()
             await pool.close()
 
     app = FastAPI(title="Qwen3 inference service", version=VERSION, lifespan=lifespan, redirect_slashes=False)
     app.state.settings, app.state.registry = settings, registry
     app.state.started_at = int(time.time())
-    app.add_middleware(Accounting)
     add_error_handlers(app)
     # For the document only: KeyedRoute lets nobody past without a key.
     keyed: list[Any] = [
@@ -56,8 +75,17 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         app.include_router(exporter.router, prefix=prefix, include_in_schema=documented)
         for routes in (inference, history, openai, anthropic):
             app.include_router(routes.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
+    app.add_middleware(Accounting, direct=direct_routes(app.routes))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
+
+
+async def _hear_workers(dispatcher: Dispatcher, registry: Registry) -> None:
+    """Whoever came before would be told that there are no workers, each time a server starts."""
+    for _ in range(int(FIRST_BEAT_S / LOOK_EVERY_S)):
+        if all(dispatcher.fleet.has(model.type, model.id) for model in registry.models):
+            break
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

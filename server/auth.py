@@ -1,22 +1,20 @@
-"""Keys: making them, and letting a request in by one. Owns the rate limit, which is the key's."""
+"""Keys: making them, and letting a request in by one, within the key's rate."""
 
 import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
+from fastapi import Request
 
-from server.core.errors import PayloadTooLarge, RateLimited, Unauthorized
+from server.core.errors import RateLimited, Unauthorized
 from server.core.settings import Settings
 from server.db.store import Store
+from server.rate import RateState
 
 PREFIX = "qk-"
+REVOKED = "This API key has been revoked."
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +24,6 @@ class Principal:
     key_id: int
     name: str
     is_admin: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RateState:
-    """Of the key's running minute. `reset_at` in Unix seconds."""
-
-    limit: int
-    remaining: int
-    reset_at: int
 
 
 def new_key() -> str:
@@ -62,28 +51,35 @@ async def authenticate(request: Request) -> Principal:
     keys = _keys_of(request)
     if not keys:
         raise Unauthorized("No API key. Send the header 'Authorization: Bearer YOUR_API_KEY', or 'x-api-key'.")
-    limit: int = request.app.state.settings.rate_limit_per_minute
+    state = request.app.state
     row = None
     for key in keys:
         digest = hash_key(key)
-        row = await request.app.state.store.authenticate(digest, limit)
+        row = await state.keys.find(digest)
         if row is not None and hmac.compare_digest(row.hash, digest):
             break
         row = None
     if row is None:
         raise Unauthorized("This API key is not known here.")
     if row.revoked_at is not None:
-        raise Unauthorized("This API key has been revoked.")
+        raise Unauthorized(REVOKED)
     principal = Principal(row.id, row.name, row.is_admin)
     request.state.principal = principal
-    if limit and row.requests is not None and row.reset_at is not None:
-        request.state.rate = RateState(limit, max(limit - row.requests, 0), row.reset_at)
-        if row.requests > limit:
-            wait_s = max(1, row.reset_at - int(time.time()))
-            raise RateLimited(
-                f"Rate limit of {limit} requests per minute exceeded. Try again in {wait_s} s.", retry_after_s=wait_s
-            )
+    if state.rates.limit:
+        await _count(request, principal)
     return principal
+
+
+async def _count(request: Request, principal: Principal) -> None:
+    rate: RateState | None = await request.app.state.rates.count(principal.key_id)
+    if rate is None:
+        raise Unauthorized(REVOKED)
+    request.state.rate = rate
+    if rate.requests > rate.limit:
+        wait_s = max(1, rate.reset_at - int(time.time()))
+        raise RateLimited(
+            f"Rate limit of {rate.limit} requests per minute exceeded. Try again in {wait_s} s.", retry_after_s=wait_s
+        )
 
 
 def _keys_of(request: Request) -> list[str]:
@@ -91,48 +87,3 @@ def _keys_of(request: Request) -> list[str]:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     shown = [token if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", "")]
     return [key.strip() for key in shown if key.strip()]
-
-
-class JsonRequest(Request):
-    """A request whose body is bounded before it is read, and is strict JSON whatever its Content-Type says."""
-
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            limit: int = self.app.state.settings.max_body_bytes
-            too_large = PayloadTooLarge(f"The body is larger than {limit} bytes.")
-            declared = self.headers.get("content-length", "")
-            if declared.isdigit() and int(declared) > limit:
-                raise too_large
-            chunks: list[bytes] = []
-            size = 0
-            async for chunk in self.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise too_large
-                chunks.append(chunk)
-            self._body = b"".join(chunks)
-        return self._body
-
-    async def json(self) -> Any:
-        """orjson refuses NaN, lone surrogates, invalid UTF-8 and bottomless nesting; json.loads would not."""
-        if not hasattr(self, "_json"):
-            self._json = orjson.loads(await self.body())
-        return self._json
-
-
-class KeyedRoute(APIRoute):
-    """A route that lets nobody in without a key, and reads no body before."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def keyed(request: Request) -> Response:
-            await authenticate(request)
-            # Clients that forget the header mean JSON: nothing else is taken here.
-            headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
-            request.scope["headers"] = [*headers, (b"content-type", b"application/json")]
-            bounded = JsonRequest(request.scope, request.receive)
-            await bounded.body()  # here, because the framework turns what it raises into its own 400
-            return await handle(bounded)
-
-        return keyed

@@ -93,14 +93,20 @@ def error_response(error: ServiceError, request: Request) -> Response:
     )
 
 
-def _service_error(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, ServiceError)
-    return error_response(exc, request)
+def answer_to(request: Request, exc: ServiceError | RequestValidationError | ClientDisconnect) -> Response:
+    """What a request that ended so is answered."""
+    if isinstance(exc, RequestValidationError):
+        exc = InvalidRequest(describe(exc.errors()), param=_first_field(exc.errors()))
+    if isinstance(exc, ServiceError):
+        return error_response(exc, request)
+    # Nobody reads this; the status is nginx's for a client that left, and shows in the metrics.
+    return Response(status_code=499)
 
 
-def _invalid(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, RequestValidationError)
-    return error_response(InvalidRequest(describe(exc.errors()), param=_first_field(exc.errors())), request)
+async def _ended(request: Request, exc: Exception) -> Response:
+    """Async, as a plain function would be run in a thread."""
+    assert isinstance(exc, ServiceError | RequestValidationError | ClientDisconnect)
+    return answer_to(request, exc)
 
 
 def _first_field(errors: Any) -> str | None:
@@ -133,7 +139,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _http(request: Request, exc: Exception) -> Response:
+async def _http(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     method, path = request.method, ascii(request.url.path)[1:-1]
     error: ServiceError
@@ -150,13 +156,7 @@ def _http(request: Request, exc: Exception) -> Response:
     return response
 
 
-def _gone(_request: Request, _exc: Exception) -> Response:
-    """Nobody reads this; the status is nginx's for a client that left, and shows in the metrics."""
-    return Response(status_code=499)
-
-
 def add_error_handlers(app: FastAPI) -> None:
-    app.add_exception_handler(ServiceError, _service_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    for kind in (ServiceError, RequestValidationError, ClientDisconnect):
+        app.add_exception_handler(kind, _ended)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnect, _gone)

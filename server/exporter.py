@@ -4,9 +4,11 @@ import asyncio
 import time
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, values
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 
+from server.core import metrics as core_metrics
 from server.core import topology
 from server.core.errors import BrokerUnavailable
 from server.core.messages import Lane
@@ -16,6 +18,9 @@ router = APIRouter(tags=["service"])
 
 LANES: tuple[Lane, ...] = ("interactive", "batch")
 SCRAPE_TIMEOUT_S = 3.0
+AGES_EVERY_S = 1.0
+SEVERAL = bool(getattr(values.ValueClass, "_multiprocess", False))
+"""Whether this is one of several processes, whose counts stand in files (server/processes.py)."""
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -23,8 +28,9 @@ async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     models = [model.id for model in request.app.state.registry.models]
-    families = [*await _queues(dispatcher, models), *_oldest(dispatcher, models), *_workers(dispatcher)]
-    return Response(generate_latest() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
+    families = [*await _queues(dispatcher, models), *_workers(dispatcher)]
+    _set_ages(dispatcher, models)
+    return Response(_counted() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Once:
@@ -60,17 +66,29 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
     return [depth, consumers, history, dead]
 
 
-def _oldest(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
-    age = GaugeMetricFamily(
-        "qwen3_queue_oldest_age_seconds", "Age of this server's oldest request no worker has taken", labels=["model"]
-    )
+def _counted() -> bytes:
+    """What this process has counted; with several of them, the sum over all, those that have ended included."""
+    if not SEVERAL:
+        return generate_latest()
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # has no types
+    return generate_latest(registry)
+
+
+async def keep_ages(dispatcher: Dispatcher, models: list[str]) -> None:
+    """Where a scrape may reach another process: leave there what this one would say, a second old at the most."""
+    while SEVERAL:
+        _set_ages(dispatcher, models)
+        await asyncio.sleep(AGES_EVERY_S)
+
+
+def _set_ages(dispatcher: Dispatcher, models: list[str]) -> None:
     now = time.time()
     oldest = dict.fromkeys(models, now)
     for model, created_at in dispatcher.queued():
         oldest[model] = min(oldest.get(model, now), created_at)
     for model, created_at in oldest.items():
-        age.add_metric([model], now - created_at)
-    return [age]
+        core_metrics.queue_oldest_age.labels(model).set(now - created_at)
 
 
 def _workers(dispatcher: Dispatcher) -> list[GaugeMetricFamily]:

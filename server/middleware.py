@@ -1,19 +1,24 @@
 """What happens to every request whatever its end: an id, the rate's headers, and its metrics."""
 
+import functools
 import logging
+import secrets
 import time
-import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.core import metrics
 from server.core.errors import EngineFailed, HeadersTooLarge
-from server.errors import PREFIX, dialect_of, error_response
+from server.errors import PREFIX, Dialect, dialect_of, error_response
 from server.limits import MAX_HEADER_BYTES
+from server.rate import RateState
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +29,10 @@ UNANSWERED = 499
 class Accounting:
     """Outside everything of ours, so that errors of every kind are counted and labelled as well."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, direct: Mapping[tuple[str, str], Route] | None = None) -> None:
+        """`direct`: by method and path, the routes that are called without the framework's looking for them."""
         self._app = app
+        self._direct = direct or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,15 +40,14 @@ class Accounting:
             return
         started = time.monotonic()
         state = scope.setdefault("state", {})
-        state["started"], state["model"], state["request_id"] = started, "", uuid.uuid4().hex
+        state["started"], state["model"], state["request_id"] = started, "", secrets.token_hex(16)
         status = UNANSWERED
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                _label(headers, scope, state)
+                message["headers"] = [*message["headers"], *_labels(scope, state)]
             await send(message)
 
         try:
@@ -50,7 +56,12 @@ class Accounting:
                 error = HeadersTooLarge(f"The headers have {size} bytes; at most {MAX_HEADER_BYTES} are read.")
                 await error_response(error, Request(scope))(scope, receive, send_with_headers)
                 return
-            await self._app(scope, receive, send_with_headers)
+            route = self._direct.get((scope["method"], scope["path"]))
+            if route is None:
+                await self._app(scope, receive, send_with_headers)
+            else:
+                scope["route"] = route
+                await route.app(scope, receive, send_with_headers)
         except Exception:
             # Here rather than in the framework's outermost layer, so that it is counted and labelled too.
             logger.exception("unexpected error", extra={"action": "request", "request_id": state["request_id"]})
@@ -62,30 +73,52 @@ class Accounting:
             # The route's template, not the path: labels stay few whatever is asked for.
             route = scope.get("route")
             endpoint = getattr(route, "path", "unknown").removeprefix(PREFIX)
-            metrics.requests.labels(endpoint, state["model"], str(status)).inc()
-            if status < 400:
-                metrics.request_duration.labels(endpoint, state["model"]).observe(time.monotonic() - started)
+            _count(endpoint, state["model"], status, time.monotonic() - started)
 
 
-def _label(headers: MutableHeaders, scope: Scope, state: dict[str, Any]) -> None:
-    """The request's id and its key's rate, by our names and by those of the dialect."""
-    headers["X-Request-Id"] = state["request_id"]
+@functools.cache  # bounded as the labels are
+def _requests(endpoint: str, model: str, status: int) -> Counter:
+    return metrics.requests.labels(endpoint, model, str(status))
+
+
+@functools.cache
+def _duration(endpoint: str, model: str) -> Histogram:
+    return metrics.request_duration.labels(endpoint, model)
+
+
+def _count(endpoint: str, model: str, status: int, took_s: float) -> None:
+    _requests(endpoint, model, status).inc()
+    if status < 400:
+        _duration(endpoint, model).observe(took_s)
+
+
+def _labels(scope: Scope, state: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    """Headers with the request's id and its key's rate, by our names and by those of the dialect."""
+    told = {"x-request-id": state["request_id"]}
     dialect = dialect_of(scope["path"], Headers(scope=scope))
     if dialect == "openai":
-        headers["OpenAI-Processing-Ms"] = str(round(1000 * (time.monotonic() - state["started"])))
+        told["openai-processing-ms"] = str(round(1000 * (time.monotonic() - state["started"])))
     elif dialect == "anthropic":
-        headers["Request-Id"] = state["request_id"]
-    rate = state.get("rate")
-    if rate is None:
-        return
-    headers["X-RateLimit-Limit"] = str(rate.limit)
-    headers["X-RateLimit-Remaining"] = str(rate.remaining)
-    headers["X-RateLimit-Reset"] = str(rate.reset_at)
+        told["request-id"] = state["request_id"]
+    rate: RateState | None = state.get("rate")
+    if rate is not None:
+        told |= _rate_headers(rate, dialect)
+    return [(name.encode(), value.encode()) for name, value in told.items()]
+
+
+def _rate_headers(rate: RateState, dialect: Dialect) -> dict[str, str]:
+    limit, remaining = str(rate.limit), str(rate.remaining)
+    told = {
+        "x-ratelimit-limit": limit,
+        "x-ratelimit-remaining": remaining,
+        "x-ratelimit-reset": str(rate.reset_at),
+    }
     if dialect == "openai":
-        headers["X-RateLimit-Limit-Requests"] = str(rate.limit)
-        headers["X-RateLimit-Remaining-Requests"] = str(rate.remaining)
-        headers["X-RateLimit-Reset-Requests"] = f"{max(0, rate.reset_at - int(time.time()))}s"
+        told["x-ratelimit-limit-requests"] = limit
+        told["x-ratelimit-remaining-requests"] = remaining
+        told["x-ratelimit-reset-requests"] = f"{max(0, rate.reset_at - int(time.time()))}s"
     elif dialect == "anthropic":
-        headers["Anthropic-RateLimit-Requests-Limit"] = str(rate.limit)
-        headers["Anthropic-RateLimit-Requests-Remaining"] = str(rate.remaining)
-        headers["Anthropic-RateLimit-Requests-Reset"] = datetime.fromtimestamp(rate.reset_at, UTC).isoformat()
+        told["anthropic-ratelimit-requests-limit"] = limit
+        told["anthropic-ratelimit-requests-remaining"] = remaining
+        told["anthropic-ratelimit-requests-reset"] = datetime.fromtimestamp(rate.reset_at, UTC).isoformat()
+    return told

@@ -51,11 +51,16 @@ class Child:
 
 
 async def start(
-    name: str, argv: list[str], environment: dict[str, str], log: Path | None, cores: set[int] | None = None
+    name: str,
+    argv: list[str],
+    environment: dict[str, str],
+    log: Path | None,
+    cores: set[int] | None = None,
+    pass_fds: tuple[int, ...] = (),
 ) -> Child:
     """Start a child with `environment` added to this process's, its output appended to `log` (None: as ours).
 
-    `cores` confines it to these; None leaves it free.
+    `cores` confines it to these; None leaves it free. It inherits `pass_fds`.
     """
 
     libc = ctypes.CDLL(None)  # not after the fork, where another thread's lock may stay taken for ever
@@ -79,5 +84,6 @@ async def start(
             # Its own group keeps the terminal's Ctrl-C from it: the parent decides the order of stopping.
             start_new_session=True,
             preexec_fn=before_exec,
+            pass_fds=pass_fds,
         )
     return Child(name, argv, process, log)

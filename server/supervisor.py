@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -29,6 +28,7 @@ from server.db.pool import make_pool, migrate, open_pool
 from server.db.store import Store
 from server.private import PrivatePostgres, PrivateRabbitMQ
 from server.process import Child, start
+from server.processes import listening_socket
 from server.sources import Sources, download_command, explain, locate_all, write_smoke_profile
 
 READY_TIMEOUT_S = 1800.0
@@ -102,16 +102,7 @@ class Supervisor:
 
     def _check_port(self) -> None:
         """Now, rather than after a minute of starting."""
-        family = socket.AF_INET6 if ":" in self._settings.host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self._settings.host, self._settings.port))
-            except OSError as exc:
-                raise BadSettings(
-                    f"{self._settings.host}:{self._settings.port} cannot be listened on ({exc.strerror}). "
-                    f"Name another port with --port."
-                ) from exc
+        listening_socket(self._settings.host, self._settings.port).close()
 
     def _lock(self) -> TextIO:
         file = (self._folder / "lock").open("w")
@@ -204,6 +195,7 @@ class Supervisor:
             "AMQP_URL": amqp_url,
             "HOST": self._settings.host,
             "PORT": str(self._settings.port),
+            "SERVER_WORKERS": str(self._settings.server_workers),
             "RATE_LIMIT_PER_MINUTE": str(self._settings.rate_limit_per_minute),
             "METRICS_PORT": "0",
         }

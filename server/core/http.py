@@ -70,6 +70,7 @@ class HttpServer(uvicorn.Server):
             port=port,
             http=BoundedProtocol,
             ws="none",
+            proxy_headers=False,  # nothing here asks who or where a client is
             log_config=None,
             access_log=False,
             server_header=False,

@@ -18,6 +18,12 @@ ttft = Histogram(
 inter_token_latency = Histogram(
     "qwen3_inter_token_latency_seconds", "Between two streamed chunks", ["model"], buckets=_INTER_TOKEN_S
 )
+queue_oldest_age = Gauge(
+    "qwen3_queue_oldest_age_seconds",
+    "Age of this server's oldest request no worker has taken",
+    ["model"],
+    multiprocess_mode="livemax",
+)
 prompt_tokens = Counter("qwen3_prompt_tokens", "Tokens of prompts and embedded texts", ["model"])
 completion_tokens = Counter("qwen3_completion_tokens", "Tokens generated", ["model"])
 embedding_requests = Counter("qwen3_embedding_requests", "Embedding jobs done", ["model"])

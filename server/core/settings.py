@@ -29,6 +29,7 @@ class Settings(BaseSettings):
         "127.0.0.1", description="Address to listen on, workers' probes included; `0.0.0.0` for every interface"
     )
     port: int = Field(8000, ge=1, le=65535, description="Port of the API")
+    server_workers: int = Field(1, ge=1, le=256, description="Processes of the API; they share the port and the limits")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of a worker's `/metrics` and `/health`; 0 takes a free one"
     )

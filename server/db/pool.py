@@ -1,6 +1,7 @@
 """The connection pool, and the boundary where the driver's errors become the service's."""
 
 import logging
+import select
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,6 +30,18 @@ async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
     await connection.execute(load_queries()["session_settings"])
 
 
+async def _check(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Raises psycopg.OperationalError for a connection that has ended.
+
+    Postgres says so, and a connection at rest has nothing else to say: only where there is something to read is a
+    round trip spent on asking.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    if poll.poll(0):
+        await psycopg_pool.AsyncConnectionPool.check_connection(connection)
+
+
 def make_pool(url: str, max_size: int = 8) -> Pool:
     """A pool that is not open yet. The database must have been migrated before it is opened."""
     return psycopg_pool.AsyncConnectionPool(
@@ -38,7 +51,7 @@ def make_pool(url: str, max_size: int = 8) -> Pool:
         timeout=5,
         open=False,
         configure=_configure,
-        check=psycopg_pool.AsyncConnectionPool.check_connection,
+        check=_check,
         kwargs={"row_factory": dict_row, "autocommit": True, "connect_timeout": 5},
     )
 

@@ -21,15 +21,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """A key as authentication finds it; `requests` and `reset_at` (Unix seconds) are of its running minute."""
+    """A key as authentication finds it."""
 
     id: int
     name: str
     hash: bytes
     is_admin: bool
     revoked_at: datetime | None
-    requests: int | None
-    reset_at: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +67,15 @@ class Store:
         async with connection(self._pool) as conn:
             await conn.execute("SELECT 1")
 
-    async def authenticate(self, hash_: bytes, limit: int) -> KeyRow | None:
-        """The key with this SHA-256, its request counted (unless revoked, or `limit` is 0)."""
-        rows = await self._rows("authenticate", {"hash": hash_, "limit": limit})
+    async def find_key(self, hash_: bytes) -> KeyRow | None:
+        """The key with this SHA-256, whether revoked or not."""
+        rows = await self._rows("find_key", {"hash": hash_})
         return KeyRow(**rows[0]) if rows else None
+
+    async def count_requests(self, requests: dict[int, int]) -> list[Row]:
+        """Count so many more requests, by key, in the running minute: rows of `key_id, requests, reset_at` (Unix
+        seconds), none for a key that is revoked or gone."""
+        return await self._rows("count_requests", {"key_ids": list(requests), "requests": list(requests.values())})
 
     async def create_key(self, name: str, hash_: bytes, *, is_admin: bool = False) -> int | None:
         """The new key's id; None if there is a key with this hash already."""

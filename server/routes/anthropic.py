@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.auth import KeyedRoute
 from server.dialects import anthropic
+from server.keyed import KeyedRoute
 from server.routes import KEYED_ANTHROPIC, streaming
 from server.schemas.anthropic import CountTokensRequest, MessagesRequest
 from server.schemas.dialects import AnthropicMessage, TokenCount

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from server.auth import KeyedRoute
 from server.db.store import HistoryFilter, Row, Store
 from server.dialects import memory
+from server.keyed import KeyedRoute
 from server.routes import KEYED
 from server.schemas.chat import Usage
 from server.schemas.history import (

@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.auth import KeyedRoute
 from server.dialects import native
+from server.keyed import KeyedRoute
 from server.routes import KEYED, streaming
 from server.schemas.chat import ChatRequest, ChatResponse
 from server.schemas.embeddings import EmbeddingRequest, EmbeddingResponse

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.auth import KeyedRoute
 from server.dialects import gateway, kawai, openai, responses
 from server.dialects.relay import json_response
+from server.keyed import KeyedRoute
 from server.routes import KEYED_OPENAI, streaming
 from server.schemas.dialects import ChatCompletion, Completion, EmbeddingList, Model, ModelList
 from server.schemas.dialects import Response as ResponseObject

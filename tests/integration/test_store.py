@@ -134,22 +134,6 @@ async def test_data_that_postgres_refuses_is_told_apart_from_a_failure(store: St
     assert await store.history(key_id, ALL) == []
 
 
-async def test_the_rate_is_counted_per_key_and_not_for_the_revoked(store: Store) -> None:
-    hash_ = hashlib.sha256(secrets.token_bytes()).digest()
-    key_id = await store.create_key("k", hash_)
-    assert key_id is not None
-    assert await store.create_key("k again", hash_) is None
-    rows = await asyncio.gather(*(store.authenticate(hash_, 50) for _ in range(5)))
-    assert sorted(row.requests or 0 for row in rows if row) == [1, 2, 3, 4, 5]
-    assert await store.revoke_key(key_id)
-    revoked = await store.authenticate(hash_, 50)
-    assert revoked is not None
-    assert revoked.revoked_at is not None
-    assert revoked.requests is None
-    assert await store.authenticate(b"0" * 32, 50) is None
-    assert not await store.revoke_key(10**9)
-
-
 async def test_a_database_that_is_not_there_is_an_error_of_ours() -> None:
     pool = make_pool("postgresql://nobody@127.0.0.1:1/none")
     await pool.open(wait=False)

@@ -10,14 +10,18 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from server.auth import PREFIX, JsonRequest, KeyedRoute, ensure_keys, hash_key, new_key
+from server.auth import PREFIX, ensure_keys, hash_key, new_key
 from server.core.errors import PayloadTooLarge
 from server.core.settings import Settings
 from server.db.store import KeyRow
 from server.errors import add_error_handlers
+from server.keyed import JsonRequest, KeyedRoute, direct_routes
+from server.keys import KeyCache
+from server.rate import RateLimiter
 
 LIMIT = 1024
 
@@ -48,27 +52,27 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.keys: dict[bytes, KeyRow] = {}
-        self.counts: dict[bytes, int] = {}
+        self.counts: dict[int, int] = {}
         self.reset_at = int(time.time()) + 30
 
     async def create_key(self, name: str, hash_: bytes, *, is_admin: bool = False) -> int | None:
         if hash_ in self.keys:
             return None
-        self.keys[hash_] = KeyRow(len(self.keys) + 1, name, hash_, is_admin, None, None, None)
+        self.keys[hash_] = KeyRow(len(self.keys) + 1, name, hash_, is_admin, None)
         return len(self.keys)
 
-    async def authenticate(self, hash_: bytes, limit: int) -> KeyRow | None:
-        row = self.keys.get(hash_)
-        if row is None:
-            return None
-        if row.revoked_at is not None or not limit:
-            return row
-        self.counts[hash_] = self.counts.get(hash_, 0) + 1
-        return KeyRow(row.id, row.name, row.hash, row.is_admin, None, self.counts[hash_], self.reset_at)
+    async def find_key(self, hash_: bytes) -> KeyRow | None:
+        return self.keys.get(hash_)
+
+    async def count_requests(self, requests: dict[int, int]) -> list[dict[str, int]]:
+        for key_id, more in requests.items():
+            self.counts[key_id] = self.counts.get(key_id, 0) + more
+        valid = {row.id for row in self.keys.values() if row.revoked_at is None} & set(requests)
+        return [{"key_id": id_, "requests": self.counts[id_], "reset_at": self.reset_at} for id_ in valid]
 
     def revoke(self, key: str) -> None:
         row = self.keys[hash_key(key)]
-        self.keys[row.hash] = KeyRow(row.id, row.name, row.hash, row.is_admin, datetime.now(UTC), None, None)
+        self.keys[row.hash] = KeyRow(row.id, row.name, row.hash, row.is_admin, datetime.now(UTC))
 
 
 async def test_the_keys_of_api_key_are_let_in_the_first_as_admin() -> None:
@@ -177,21 +181,34 @@ def store() -> FakeStore:
     return FakeStore()
 
 
-@pytest.fixture
-async def client(store: FakeStore) -> AsyncIterator[httpx.AsyncClient]:
-    """Of an application with one keyed route, and the key `qk-ada`."""
+@pytest.fixture(params=["direct", "the framework's"])
+async def client(store: FakeStore, request: pytest.FixtureRequest) -> AsyncIterator[httpx.AsyncClient]:
+    """Of an application with one keyed route, which is called in either way, and the key `qk-ada`."""
     app = FastAPI()
     add_error_handlers(app)
-    app.state.settings = Settings(rate_limit_per_minute=3, max_body_bytes=LIMIT * 8)
-    app.state.store = store
+    app.state.settings = Settings(max_body_bytes=LIMIT * 8)
+    app.state.keys = KeyCache(store)  # type: ignore[arg-type]
+    app.state.rates = RateLimiter(store, 3)  # type: ignore[arg-type]
     await store.create_key("ada", hash_key("qk-ada"))
     router = APIRouter(route_class=KeyedRoute)
 
-    @router.post("/echo")
-    async def echo(request: Request, body: Echo) -> dict[str, Any]:
+    def said(request: Request, body: Echo) -> dict[str, Any]:
         return {"text": body.text, "name": request.state.principal.name, "remaining": request.state.rate.remaining}
 
+    if request.param == "direct":
+
+        @router.post("/echo")
+        async def echo_response(request: Request, body: Echo) -> Response:
+            return JSONResponse(said(request, body))
+    else:
+
+        @router.post("/echo")
+        async def echo(request: Request, body: Echo) -> dict[str, Any]:
+            return said(request, body)
+
     app.include_router(router)
+    direct = direct_routes(app.routes)
+    assert list(direct) == ([("POST", "/echo")] if request.param == "direct" else [])
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as made:
         yield made

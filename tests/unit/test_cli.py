@@ -46,7 +46,7 @@ def complaint(argv: list[str], **environment: str) -> str:
         (SERVER, ["usage: python -m server", "serve", "up", "keys", "migrate"]),
         (WORKERS, ["usage: python -m workers", "chat", "embedding", "archive", "smoke"]),
         ([*WORKERS, "chat"], ["--model ID", "--metrics-port", "METRICS_PORT"]),
-        (["./run"], ["Usage: ./run", "--setup-only", "--models FILE", "--port PORT", "--data-dir DIR"]),
+        (["./run"], ["Usage: ./run", "--setup-only", "--models FILE", "--port PORT", "--workers N", "--data-dir DIR"]),
         (["./test"], ["Usage: ./test", "unit", "integration", "e2e", "lint"]),
     ],
     ids=["server", "workers", "workers chat", "run", "test"],
@@ -156,9 +156,10 @@ def test_a_wrong_command_line_shows_the_usage(
 
 @pytest.mark.parametrize("command", ["up", "serve"])
 def test_the_server_takes_what_run_promises(command: str) -> None:
-    argv = [command, "--models", "m.yaml", "--host", "::1", "--port", "81"]
+    argv = [command, "--models", "m.yaml", "--host", "::1", "--port", "81", "--workers", "3"]
     args = server_parser().parse_args(argv)
     assert (args.command, args.models, args.host, args.port) == (command, Path("m.yaml"), "::1", 81)
+    assert args.workers == 3
 
 
 def test_up_takes_a_data_directory() -> None:

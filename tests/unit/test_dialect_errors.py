@@ -14,8 +14,11 @@ from server.core import errors
 from server.core.errors import ServiceError
 from server.core.settings import Settings
 from server.errors import Dialect, add_error_handlers, dialect_of, error_body, status_of
+from server.keyed import direct_routes
+from server.keys import KeyCache
 from server.limits import MAX_HEADER_BYTES
 from server.middleware import Accounting
+from server.rate import RateLimiter
 from server.routes import anthropic, inference, openai
 from server.schemas.dialects import AnthropicError, OpenAIError
 from server.schemas.service import ErrorBody
@@ -108,19 +111,21 @@ def test_the_dialect_is_known_by_the_path(prefix: str, path: str, headers: Mappi
 def routed() -> FastAPI:
     """The server's routes without what stands behind them."""
     app = FastAPI(redirect_slashes=False)
-    app.add_middleware(Accounting)
     add_error_handlers(app)
     for prefix in ("", "/qwen3"):
         for routes in (inference, openai, anthropic):
             app.include_router(routes.router, prefix=prefix)
+    app.add_middleware(Accounting, direct=direct_routes(app.routes))
     return app
 
 
 @pytest.fixture
 def app(routed: FastAPI) -> FastAPI:
     """The same, where `qk-ada` may ask three times and nobody has asked yet."""
-    routed.state.settings = Settings(rate_limit_per_minute=3)
+    routed.state.settings = Settings()
     routed.state.registry, routed.state.store = REGISTRY, FakeStore()
+    routed.state.keys = KeyCache(routed.state.store)
+    routed.state.rates = RateLimiter(routed.state.store, 3)
     routed.state.started_at = 1
     return routed
 

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from benchmarks import load, report
 from benchmarks.stack import Service, cpu_seconds, service
 from benchmarks.stock import Stock, stock_server
-from server.core.registry import load_registry
 
 SERVICE, STOCK = "service", "vllm"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -176,9 +175,7 @@ async def main(args: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))
     print("Starting this service, then vLLM's own server (a few minutes) …")
     async with service(args.models) as ours:
-        made = ours.data_dir / "models.smoke.yaml"
-        registry = load_registry(made if made.exists() else args.models or Path("models.yaml"))
-        spec = registry.default("chat")
+        spec = ours.registry.default("chat")
         assert spec is not None
         async with stock_server(spec, ours.data_dir) as stock:
             if len(cores) <= FEW_CORES and shutil.which("nvidia-smi") is None:

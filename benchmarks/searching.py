@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psycopg
@@ -148,7 +148,7 @@ async def searches(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         connection = await stack.enter_async_context(await psycopg.AsyncConnection.connect(url, autocommit=True))
         groups = await load(connection, args, space)
         pool = make_pool(url)
-        pool.kwargs["options"] = f"-c maintenance_work_mem={args.build_memory}"
+        cast(dict[str, Any], pool.kwargs)["options"] = f"-c maintenance_work_mem={args.build_memory}"
         await pool.open(wait=True)
         stack.push_async_callback(pool.close)
         indexes = VectorIndexes(pool, args.limit, args.build_helpers)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from server.core.registry import Registry, load_registry
 from server.private import free_port
 
 PROJECT = Path(__file__).parent.parent
@@ -24,12 +25,13 @@ class DidNotStart(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A running service. `addresses` are those of its database and broker."""
+    """A running service. `addresses` are those of its database and broker, `registry` the models it serves."""
 
     url: str
     key: str
     data_dir: Path
     addresses: dict[str, str]
+    registry: Registry
     process: psutil.Process
 
     @property
@@ -105,7 +107,10 @@ async def service(models_file: Path | None = None, **environment: str) -> AsyncI
                     raise DidNotStart(said)
                 await asyncio.sleep(0.3)
             addresses = json.loads((Path(folder) / "addresses.json").read_text())
-            yield Service(f"http://127.0.0.1:{port}", KEY, Path(folder), addresses, psutil.Process(up.pid))
+            stand_ins = Path(folder) / "models.smoke.yaml"
+            registry = load_registry(stand_ins if stand_ins.exists() else models_file or PROJECT / "models.yaml")
+            process = psutil.Process(up.pid)
+            yield Service(f"http://127.0.0.1:{port}", KEY, Path(folder), addresses, registry, process)
         finally:
             if up.returncode is None:
                 up.terminate()

@@ -1,6 +1,8 @@
 """Frames on their way to the servers, coalesced: one AMQP message a tick and server, for all its streams.
 
-The broker's cost then grows with time, not with tokens. While one stream runs nothing waits.
+The broker's cost then grows with time, not with tokens. An engine's step makes a token for each of its streams at once,
+so that what it made goes together without waiting; only where steps are shorter than a tick, several share a message.
+While one stream runs nothing waits at all.
 """
 
 import asyncio
@@ -14,7 +16,7 @@ from server.core.errors import BrokerUnavailable, ServiceError
 from server.core.messages import ErrorFrame, Frame, FrameKind, encode, encode_frames
 
 TICK_S = 0.004
-"""How long a frame may wait for others: below what a reader notices between two tokens."""
+"""The least time between two messages of several streams: below what a reader notices between two tokens."""
 
 RETRY_S = 0.2
 """How soon frames are tried again that found the connection down."""
@@ -28,19 +30,22 @@ class ReplyOutbox:
         self._busy = busy
         self._waiting: dict[str, list[Frame]] = {}
         self._scheduled = False
+        self._flushed_at = 0.0
 
     def add(self, reply_to: str, frame: Frame) -> None:
         self._waiting.setdefault(reply_to, []).append(frame)
         if not self._scheduled:
             self._scheduled = True
             loop = asyncio.get_running_loop()
-            if self._busy():
-                loop.call_later(TICK_S, self.flush)
+            left_s = self._flushed_at + TICK_S - loop.time() if self._busy() else 0.0
+            if left_s > 0:
+                loop.call_later(left_s, self.flush)
             else:
-                loop.call_soon(self.flush)
+                loop.call_soon(self.flush)  # after all tasks that this step of the engine has woken
 
     def flush(self) -> None:
         self._scheduled = False
+        self._flushed_at = asyncio.get_running_loop().time()
         waiting, self._waiting = self._waiting, {}
         for reply_to, frames in waiting.items():
             try:

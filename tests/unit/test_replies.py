@@ -82,26 +82,33 @@ async def test_alone_a_frame_leaves_at_once(link: FakeLink) -> None:
     assert link.sent[1:] == [("replies.a", [frame("r1", "3")])]
 
 
-async def test_with_several_streams_frames_wait_for_the_tick(link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_several_streams_share_a_message_a_tick(link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a worker with several streams
     monkeypatch.setattr(replies, "TICK_S", TICK_S)
     outbox = outbox_of(link, busy=True)
-    # When frames come one by one within a tick
+    # When a step of the engine makes a frame for each
     began = time.monotonic()
     outbox.add("replies.a", frame("r1", "1"))
-    await asyncio.sleep(0)
-    assert link.sent == []
     outbox.add("replies.a", frame("r2", "2"))
-    async with asyncio.timeout(5):
-        while not link.sent:
-            await asyncio.sleep(0.001)
-    # Then they leave together, a tick after the first
-    assert time.monotonic() - began >= TICK_S * 0.9
+    await asyncio.sleep(0)
+    # Then they leave together at once
     assert link.sent == [("replies.a", [frame("r1", "1"), frame("r2", "2")])]
-    # And the next frame starts a tick of its own
+    # And what comes sooner than a tick after them waits for the tick's end, together
     outbox.add("replies.a", frame("r1", "3"))
-    await asyncio.sleep(TICK_S * 3)
-    assert link.sent[1:] == [("replies.a", [frame("r1", "3")])]
+    await asyncio.sleep(0)
+    outbox.add("replies.a", frame("r2", "4"))
+    await asyncio.sleep(0)
+    assert len(link.sent) == 1
+    async with asyncio.timeout(5):
+        while len(link.sent) == 1:
+            await asyncio.sleep(0.001)
+    assert time.monotonic() - began >= TICK_S * 0.9
+    assert link.sent[1:] == [("replies.a", [frame("r1", "3"), frame("r2", "4")])]
+    # And after a pause nothing waits
+    await asyncio.sleep(TICK_S * 2)
+    outbox.add("replies.a", frame("r1", "5"))
+    await asyncio.sleep(0)
+    assert link.sent[2:] == [("replies.a", [frame("r1", "5")])]
 
 
 def test_the_tick_is_below_what_a_reader_notices() -> None:

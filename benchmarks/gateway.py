@@ -236,10 +236,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
         text = f"{row['parallel']} parallel{' streamed' if row['stream'] else ''}: {here['requests_per_s']} requests/s"
         text += f", {here['latency_ms'][50]} ms (p99 {here['latency_ms'][99]})"
         if THEIRS in row:
-            text += (
-                f", per core {row['requests_per_core_times_litellm']} x LiteLLM ({row['with_the_worker']} x with the"
-            )
-            text += f" worker; LiteLLM {row[THEIRS]['requests_per_s']} requests/s)"
+            times, with_worker = row["requests_per_core_times_litellm"], row["with_the_worker"]
+            text += f", per core {times} x LiteLLM ({with_worker} x with the worker)"
         told.append(text)
     return "; ".join(told)
 

@@ -134,6 +134,25 @@ async def test_data_that_postgres_refuses_is_told_apart_from_a_failure(store: St
     assert await store.history(key_id, ALL) == []
 
 
+async def test_a_connection_that_was_ended_is_replaced_unseen(database_url: str, pool: Pool) -> None:
+    # Given a store with one connection, which Postgres ends while nobody uses it
+    own = make_pool(database_url, max_size=1)
+    await own.open(wait=True)
+    async with own.connection() as conn:
+        row = await (await conn.execute("SELECT pg_backend_pid() AS pid")).fetchone()
+    assert row is not None
+    async with pool.connection() as conn:
+        await conn.execute("SELECT pg_terminate_backend(%s)", [row["pid"]])
+    await asyncio.sleep(0.2)
+    # When the store is asked, then it answers, over another
+    assert await Store(own).list_keys() is not None
+    async with own.connection() as conn:
+        now = await (await conn.execute("SELECT pg_backend_pid() AS pid")).fetchone()
+    assert now is not None
+    assert now["pid"] != row["pid"]
+    await own.close()
+
+
 async def test_a_database_that_is_not_there_is_an_error_of_ours() -> None:
     pool = make_pool("postgresql://nobody@127.0.0.1:1/none")
     await pool.open(wait=False)

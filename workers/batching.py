@@ -5,6 +5,9 @@ no model: texts come tokenised, and `encode` makes their vectors.
 """
 
 import asyncio
+import contextlib
+import os
+import threading
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +21,8 @@ from server.core.messages import Lane
 
 BATCH_LANE_EVERY = 4
 """Where both lanes wait, one batch of so many is of the batch lane."""
+BATCH_LANE_NICE = 15
+"""How far the batch lane steps back where others want the processor: its threads get a thirtieth beside a busy one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ class Batcher:
         self._encode = encode
         self._budget = budget
         self._lines: dict[Lane, _Line] = {"interactive": _Line(), "batch": _Line()}
-        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()
         self._running = 0
         self._since_batch_lane = 0
 
@@ -149,7 +154,7 @@ class Batcher:
         items = [_Item(text, loop.create_future()) for text in texts]
         for item in items:
             self._lines[lane].add(item)
-        self._arrived.set()
+        self._changed.set()
         try:
             return np.stack(await asyncio.gather(*(item.vector for item in items)))
         finally:
@@ -157,22 +162,30 @@ class Batcher:
                 item.vector.cancel()
 
     async def run(self) -> None:
-        """Encode for ever; a failed batch fails its own requests."""
-        threads = ThreadPoolExecutor(self._budget.streams, "encode")
+        """Encode for ever; a failed batch fails its own requests.
+
+        The lanes have streams of their own: one that was started for the batch lane may take long beside a busy
+        engine, and whoever waits for an answer must not wait for it.
+        """
+        threads: dict[Lane, ThreadPoolExecutor] = {
+            "interactive": ThreadPoolExecutor(self._budget.streams, "encode"),
+            "batch": ThreadPoolExecutor(1, "encode-later", initializer=_step_back),
+        }
         try:
             async with asyncio.TaskGroup() as group:
+                group.create_task(self._stream("batch", threads["batch"]))
                 for _ in range(self._budget.streams):
-                    group.create_task(self._stream(threads))
+                    group.create_task(self._stream("interactive", threads["interactive"]))
         finally:
-            threads.shutdown(wait=False)
+            for each in threads.values():
+                each.shutdown(wait=False)
 
-    async def _stream(self, threads: ThreadPoolExecutor) -> None:
+    async def _stream(self, lane: Lane, threads: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._arrived.wait()
-            batch = self._take()
-            if not batch:
-                self._arrived.clear()
+            if not (batch := self._take(lane)):
+                self._changed.clear()
+                await self._changed.wait()
                 continue
             self._running += 1
             alone = self._running == 1 and not self.waiting
@@ -186,22 +199,30 @@ class Batcher:
                 continue
             finally:
                 self._running -= 1
+                self._changed.set()
             for item, vector in pairs:
                 if not item.vector.done():
                     item.vector.set_result(vector)
 
-    def _take(self) -> list[_Item]:
-        """The next batch; nothing if nothing waits."""
-        for line in self._lines.values():
-            line.drop_cancelled()
-        interactive, batch = self._lines["interactive"], self._lines["batch"]
-        if not interactive and not batch:
+    def _take(self, lane: Lane) -> list[_Item]:
+        """The next batch of a lane; nothing if nothing of it waits, or the other lane goes first."""
+        for each in self._lines.values():
+            each.drop_cancelled()
+        line = self._lines[lane]
+        if not line:
             return []
-        line = interactive or batch
-        if interactive and batch:
+        if lane == "interactive":
             self._since_batch_lane += 1
-            if self._since_batch_lane == BATCH_LANE_EVERY:
-                line, self._since_batch_lane = batch, 0
+        elif self._lines["interactive"] and self._since_batch_lane < BATCH_LANE_EVERY - 1:
+            return []
+        else:
+            self._since_batch_lane = 0
         budget = self._budget
         share = -(-line.tokens // budget.streams)
         return line.take(min(max(share, budget.least), budget.most), budget.padding)
+
+
+def _step_back() -> None:
+    """Of the calling thread, and of those it starts."""
+    with contextlib.suppress(OSError):  # not everywhere has a thread a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BATCH_LANE_NICE)

@@ -29,6 +29,8 @@ from benchmarks.stock import Stock, stock_server
 SERVICE, STOCK = "service", "vllm"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 FEW_CORES = 4
+PAUSE_S = 2.0
+"""Between two turns: vLLM's processes spin for a second after their last step, and would do so into the other's turn."""
 
 
 def arguments() -> argparse.Namespace:
@@ -149,7 +151,7 @@ async def measure(args: argparse.Namespace, ours: Service, stock: Stock, model: 
             for _ in range(args.rounds):
                 for which in both:
                     turns[which.name].append(await turn(which, streams, requests, ours, stock))
-                    await asyncio.sleep(0.5)
+                    await asyncio.sleep(PAUSE_S)
                     bar.update()
             results[streams] = compare(turns)
             tqdm.write(f"{streams:3} streams  {json.dumps(results[streams])}")

@@ -30,7 +30,7 @@ SERVICE, STOCK = "service", "vllm"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 FEW_CORES = 4
 PAUSE_S = 2.0
-"""Between two turns: vLLM's processes spin for a second after their last step, and would do so into the other's turn."""
+"""Between two turns: vLLM's processes spin for a second after their last step, which the other would feel."""
 
 
 def arguments() -> argparse.Namespace:

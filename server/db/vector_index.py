@@ -21,8 +21,8 @@ from server.db.pool import Connection, Pool, connection, load_queries
 logger = logging.getLogger(__name__)
 
 EXACT_LIMIT = 5_000
-"""Vectors of one key that are searched exactly. Of 1,024 dimensions that many take as long (7 ms on one core of a
-Xeon) as a search of the index, which takes hardly longer for a million."""
+"""Vectors of one key that are searched exactly. Of 1,024 dimensions that many take as long as a search of the index
+(7 ms on one core of a Xeon, all in memory), which hardly grows with their number: see benchmarks/similar.py."""
 MAX_DIMENSIONS = 4000
 """What pgvector indexes of `halfvec`."""
 BUILDING = 0x76656374

@@ -6,6 +6,7 @@ searchable. Nothing is acked before Postgres has it, so while Postgres is down t
 
 import asyncio
 import logging
+import os
 import time
 
 import msgspec
@@ -33,10 +34,13 @@ PREFETCH = 2 * BATCH
 """So that the next batch is here by the time one is written."""
 RETRY_S = 2.0
 STOP_TIMEOUT_S = 5.0
+FEW_CORES_NICE = 10
+"""How far it steps back where it shares a core with those whom somebody waits for."""
 
 
 class Archivist:
     def __init__(self, settings: Settings, registry: Registry) -> None:
+        self._few_cores = bool(settings.front_cores)
         embedding = registry.default("embedding")
         self.probe = Probe(settings.host, settings.metrics_port)
         self._pool = make_pool(settings.database_url, max_size=3)  # records, vectors, an index being built
@@ -51,6 +55,8 @@ class Archivist:
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status."""
+        if self._few_cores:
+            os.nice(FEW_CORES_NICE)
         stopping = stop_event()
         await self.probe.start()
         await self._pool.open()

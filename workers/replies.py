@@ -18,6 +18,9 @@ from server.core.messages import ErrorFrame, Frame, FrameKind, encode, encode_fr
 TICK_S = 0.004
 """The least time between two messages of several streams: below what a reader notices between two tokens."""
 
+HOLD_S = 0.02
+"""How long the word that a job was taken waits for the first token, which most often is there by then."""
+
 RETRY_S = 0.2
 """How soon frames are tried again that found the connection down."""
 
@@ -34,9 +37,11 @@ class ReplyOutbox:
 
     def add(self, reply_to: str, frame: Frame) -> None:
         self._waiting.setdefault(reply_to, []).append(frame)
-        if not self._scheduled:
+        loop = asyncio.get_running_loop()
+        if frame.kind == "started":
+            loop.call_later(HOLD_S, self.flush)
+        elif not self._scheduled:
             self._scheduled = True
-            loop = asyncio.get_running_loop()
             left_s = self._flushed_at + TICK_S - loop.time() if self._busy() else 0.0
             if left_s > 0:
                 loop.call_later(left_s, self.flush)
@@ -44,6 +49,8 @@ class ReplyOutbox:
                 loop.call_soon(self.flush)  # after all tasks that this step of the engine has woken
 
     def flush(self) -> None:
+        if not self._waiting:
+            return
         self._scheduled = False
         self._flushed_at = asyncio.get_running_loop().time()
         waiting, self._waiting = self._waiting, {}

@@ -170,3 +170,25 @@ async def test_a_failure_travels_with_status_message_field_and_code(link: FakeLi
     ((_, (sent,)),) = link.sent
     assert (sent.request_id, sent.kind) == ("r1", "error")
     assert decode(ErrorFrame, sent.data) == ErrorFrame(429, "Full.", "messages.0", "queue_full")
+
+
+async def test_the_word_that_a_job_was_taken_goes_with_the_first_token(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a job that was just taken
+    monkeypatch.setattr(replies, "HOLD_S", TICK_S)
+    outbox = outbox_of(link, busy=False)
+    taken = Frame("r1", "run", 0, "started")
+    outbox.add("replies.a", taken)
+    await asyncio.sleep(0)
+    assert link.sent == []
+    # When its first token is there soon, then both are one message
+    outbox.add("replies.a", frame("r1", "1"))
+    await asyncio.sleep(0)
+    assert link.sent == [("replies.a", [taken, frame("r1", "1")])]
+    # And when it takes long, the word goes alone
+    outbox.add("replies.a", taken)
+    async with asyncio.timeout(5):
+        while len(link.sent) == 1:
+            await asyncio.sleep(0.001)
+    assert link.sent[1:] == [("replies.a", [taken])]

@@ -6,6 +6,7 @@ machine does besides falls on both. For each number of parallel streams it tells
 token takes.
 
 The models are those of models.yaml, or of --models; where there are no weights, the tiny stand-in that ./run makes.
+Embedding models are left out, as vLLM's server has none: with --searchable the service makes each chat searchable too.
 """
 
 import argparse
@@ -14,16 +15,18 @@ import json
 import os
 import shutil
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import uvloop
+import yaml
 from tqdm import tqdm
 
 from benchmarks import load, report
-from benchmarks.stack import Service, cpu_seconds, service
+from benchmarks.stack import PROJECT, Service, cpu_seconds, service
 from benchmarks.stock import Stock, stock_server
 
 SERVICE, STOCK = "service", "vllm"
@@ -40,6 +43,9 @@ def arguments() -> argparse.Namespace:
     top.add_argument("--tokens", type=int, default=128, help="of each answer")
     top.add_argument("--rounds", type=int, default=5, help="each server's turns at each number of streams")
     top.add_argument("--seconds", type=float, default=8, help="about how long a turn takes")
+    top.add_argument(
+        "--searchable", action="store_true", help="embed each chat as well, as the service does by default"
+    )
     top.add_argument("--name", default="chat_throughput", help="of the result")
     return top.parse_args()
 
@@ -174,9 +180,20 @@ def draw(results: dict[int, dict[str, Any]], figure: Any) -> None:
 
 
 async def main(args: argparse.Namespace) -> None:
-    cores = sorted(os.sched_getaffinity(0))
     print("Starting this service, then vLLM's own server (a few minutes) …")
-    async with service(args.models) as ours:
+    models = args.models or PROJECT / "models.yaml"
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=models.parent) as file:
+        content = yaml.safe_load(models.read_text())
+        if not args.searchable:
+            content["models"] = [model for model in content["models"] if model["type"] == "chat"]
+        yaml.safe_dump(content, file)
+        file.flush()
+        await compare_servers(args, Path(file.name))
+
+
+async def compare_servers(args: argparse.Namespace, models: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    async with service(models) as ours:
         spec = ours.registry.default("chat")
         assert spec is not None
         async with stock_server(spec, ours.data_dir) as stock:

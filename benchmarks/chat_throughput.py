@@ -182,7 +182,7 @@ def draw(results: dict[int, dict[str, Any]], figure: Any) -> None:
 async def main(args: argparse.Namespace) -> None:
     print("Starting this service, then vLLM's own server (a few minutes) …")
     models = args.models or PROJECT / "models.yaml"
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=models.parent) as file:
+    with tempfile.NamedTemporaryFile("w", prefix=".models-", suffix=".yaml", dir=models.parent) as file:
         content = yaml.safe_load(models.read_text())
         if not args.searchable:
             content["models"] = [model for model in content["models"] if model["type"] == "chat"]

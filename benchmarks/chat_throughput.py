@@ -196,7 +196,7 @@ async def compare_servers(args: argparse.Namespace, models: Path) -> None:
     async with service(models) as ours:
         spec = ours.registry.default("chat")
         assert spec is not None
-        async with stock_server(spec, ours.data_dir) as stock:
+        async with stock_server(spec) as stock:
             if len(cores) <= FEW_CORES and shutil.which("nvidia-smi") is None:
                 os.sched_setaffinity(0, {cores[-1]})  # off the engine's core, for both alike
             results = await measure(args, ours, stock, spec.id)

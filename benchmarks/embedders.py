@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,7 +14,7 @@ import orjson
 import psutil
 import yaml
 
-from benchmarks.stack import cpu_seconds, service
+from benchmarks.stack import cpu_seconds, other_server, service
 from server.private import free_port
 
 MODEL = "embedding"
@@ -120,31 +119,10 @@ async def infinity(python: Path, source: str) -> AsyncIterator[OverHttp]:
     argv = ["v2", "--model-id", source, "--served-model-name", MODEL, "--engine", "torch", "--port", str(port)]
     argv += ["--dtype", "float32", "--no-bettertransformer", "--host", "127.0.0.1", "--log-level", "error"]
     private = {"DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
-    with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            python.parent / "infinity_emb", *argv, env={**os.environ, **private}, stdout=log, stderr=log
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            async with aiohttp.ClientSession() as client:
-                while not await _answers(client, f"{url}/health"):
-                    if process.returncode is not None:
-                        log.seek(0)
-                        raise RuntimeError(f"Infinity ended:\n{log.read().decode()[-2000:]}")
-                    await asyncio.sleep(0.5)
-            yield OverHttp(f"{url}/embeddings", {}, lambda: {"infinity": [psutil.Process(process.pid)]})
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.wait()
-
-
-async def _answers(client: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with client.get(url) as response:
-            return response.status == 200
-    except aiohttp.ClientError:
-        return False
+    command = [str(python.absolute().parent / "infinity_emb"), *argv]
+    url = f"http://127.0.0.1:{port}"
+    async with other_server(command, f"{url}/health", **private) as process:
+        yield OverHttp(f"{url}/embeddings", {}, lambda: {"infinity": [process]})
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import psutil
 
 from server.core.registry import Registry, load_registry
@@ -115,3 +116,32 @@ async def service(models_file: Path | None = None, **environment: str) -> AsyncI
             if up.returncode is None:
                 up.terminate()
             await up.wait()
+
+
+@asynccontextmanager
+async def other_server(argv: list[str], health_url: str, **environment: str) -> AsyncIterator[psutil.Process]:
+    """Another server, from when `health_url` answers until the context ends. Raises DidNotStart."""
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            *argv, cwd=PROJECT, env={**os.environ, **environment}, stdout=log, stderr=log
+        )
+        try:
+            async with aiohttp.ClientSession() as client:
+                while not await _answers(client, health_url):
+                    if process.returncode is not None:
+                        log.seek(0)
+                        raise DidNotStart(log.read().decode(errors="replace")[-4000:])
+                    await asyncio.sleep(0.5)
+            yield psutil.Process(process.pid)
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+
+
+async def _answers(client: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with client.get(url) as response:
+            return response.status == 200
+    except aiohttp.ClientError:
+        return False

@@ -12,9 +12,6 @@ from server.core.registry import ModelSpec
 from server.private import free_port
 from workers.engine import engine_argv, engine_options
 
-OWN = ("logits_processors", "scheduler_cls", "worker_extension_cls")
-"""Options that name this service's own additions to the engine."""
-
 
 @dataclass(frozen=True, slots=True)
 class Stock:
@@ -33,10 +30,10 @@ class Stock:
 async def stock_server(spec: ModelSpec) -> AsyncIterator[Stock]:
     """Runs until the context ends. Raises DidNotStart.
 
-    What this service adds to the engine is left out: vLLM's server has none of it.
+    The logits processors of this service are left out: vLLM's server has none of its own.
     """
     port = free_port()
-    options = {name: value for name, value in engine_options(spec, []).items() if name not in OWN}
+    options = {name: value for name, value in engine_options(spec, []).items() if name != "logits_processors"}
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *engine_argv(options)]
     url = f"http://127.0.0.1:{port}"
     async with other_server(argv, f"{url}/health", VLLM_NO_USAGE_STATS="1") as process:

@@ -28,12 +28,16 @@ CPU_DEFAULTS: dict[str, Any] = {
     "enforce_eager": True,
     "max_num_seqs": 64,
     "kv_cache_memory_bytes": 2 * 1024**3,
-    "scheduler_cls": "workers.waiting.SleepingScheduler",
-    "worker_extension_cls": "workers.waiting.SleepingWorker",
 }
 """Where there is no GPU. Compiling costs minutes of start on few cores; vLLM would size the KV cache by a
 share of all memory."""
 
+
+FEW_CORES = {
+    "scheduler_cls": "workers.waiting.SleepingScheduler",
+    "worker_extension_cls": "workers.waiting.SleepingWorker",
+}
+"""Where the engine's processes share a core; see waiting.py."""
 
 SAMPLERS = ["workers.samplers:ExtraSamplers", "workers.thoughts:ThoughtBounds"]
 """Logits processors that requests can switch on."""
@@ -66,12 +70,13 @@ class UnknownOption(BadSettings):
         self.option = option
 
 
-def engine_options(spec: ModelSpec, media_domains: list[str]) -> dict[str, Any]:
+def engine_options(spec: ModelSpec, media_domains: list[str], *, few_cores: bool = False) -> dict[str, Any]:
     """vLLM's options, by name, for a model that may fetch media from these hosts."""
     options = {
         **DEFAULTS,
         **({"logits_processors": SAMPLERS} if spec.extra_samplers else {}),
         **({} if _has_gpu() else CPU_DEFAULTS),
+        **(FEW_CORES if few_cores else {}),
         **spec.engine,
         "model": spec.source,
         "served_model_name": spec.id,
@@ -98,13 +103,13 @@ def engine_argv(options: dict[str, Any]) -> list[str]:
     return argv
 
 
-def engine_arguments(spec: ModelSpec, media_domains: list[str]) -> Any:
+def engine_arguments(spec: ModelSpec, media_domains: list[str], *, few_cores: bool = False) -> Any:
     """vLLM's parsed arguments for a model. Raises UnknownOption."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
-    options = engine_options(spec, media_domains)
+    options = engine_options(spec, media_domains, few_cores=few_cores)
     known = vars(parser.parse_args([]))
     for name in options:
         if name not in known:
@@ -131,7 +136,7 @@ async def start_engine(spec: ModelSpec, settings: Settings) -> AsyncIterator[Cha
         # vLLM 0.32 has two model runners; the newer one, which GPUs get, takes logits processors of another kind.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     bound_whitespace()
-    args = engine_arguments(spec, settings.media_domains)
+    args = engine_arguments(spec, settings.media_domains, few_cores=bool(settings.front_cores))
     async with build_async_engine_client(args) as client:
         state = State()
         await init_app_state(client, state, args, await client.get_supported_tasks())

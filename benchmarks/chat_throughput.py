@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -28,10 +27,10 @@ from tqdm import tqdm
 from benchmarks import load, report
 from benchmarks.stack import PROJECT, Service, cpu_seconds, service
 from benchmarks.stock import Stock, stock_server
+from server.supervisor import off_the_engine
 
 SERVICE, STOCK = "service", "vllm"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
-FEW_CORES = 4
 PAUSE_S = 2.0
 """Between two turns: vLLM's processes spin for a second after their last step, which the other would feel."""
 
@@ -192,13 +191,12 @@ async def main(args: argparse.Namespace) -> None:
 
 
 async def compare_servers(args: argparse.Namespace, models: Path) -> None:
-    cores = sorted(os.sched_getaffinity(0))
     async with service(models) as ours:
         spec = ours.registry.default("chat")
         assert spec is not None
         async with stock_server(spec) as stock:
-            if len(cores) <= FEW_CORES and shutil.which("nvidia-smi") is None:
-                os.sched_setaffinity(0, {cores[-1]})  # off the engine's core, for both alike
+            if (cores := off_the_engine(ours.registry)) is not None:
+                os.sched_setaffinity(0, cores)  # for both alike
             results = await measure(args, ours, stock, spec.id)
     told = "; ".join(
         f"{n} streams: {r['tokens_per_s_ratio']} x vLLM's tokens/s ({r[SERVICE]['tokens_per_s']:.0f} against "

@@ -52,6 +52,14 @@ class Plan:
     cores: dict[str, set[int] | None]
 
 
+def off_the_engine(registry: Registry) -> set[int] | None:
+    """Where all but the engine runs; None: anywhere. vLLM's CPU build spins on the cores it takes: with few of them
+    the others keep off, on the last."""
+    cores = sorted(os.sched_getaffinity(0))
+    crowded = 1 < len(cores) <= FEW_CORES and shutil.which("nvidia-smi") is None
+    return {cores[-1]} if crowded and registry.of_type("chat") else None
+
+
 class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -87,7 +95,7 @@ class Supervisor:
     async def _serve(self, registry: Registry) -> int:
         began = time.monotonic()
         registry, models_file = await self._weights(registry)
-        database_url, amqp_url = await self._stores(self._off_the_engine(registry))
+        database_url, amqp_url = await self._stores(off_the_engine(registry))
         applied = await asyncio.to_thread(migrate, database_url, alone=not self._settings.database_url)
         if applied:
             say(f"Database schema: applied {', '.join(applied)}")
@@ -199,17 +207,10 @@ class Supervisor:
             "RATE_LIMIT_PER_MINUTE": str(self._settings.rate_limit_per_minute),
             "METRICS_PORT": "0",
         }
-        others = self._off_the_engine(registry)
+        others = off_the_engine(registry)
         if others is not None:
             environment["FRONT_CORES"] = ",".join(str(core) for core in others)
         return Plan(commands, environment, {name: None if name.startswith("chat") else others for name in commands})
-
-    def _off_the_engine(self, registry: Registry) -> set[int] | None:
-        """Where all but the engine runs. vLLM's CPU build spins on the cores it takes: with few of them the others
-        keep off, on the last."""
-        cores = sorted(os.sched_getaffinity(0))
-        crowded = 1 < len(cores) <= FEW_CORES and shutil.which("nvidia-smi") is None
-        return {cores[-1]} if crowded and registry.of_type("chat") else None
 
     async def _start(self, name: str, plan: Plan) -> None:
         argv = [sys.executable, "-m", *plan.commands[name]]

@@ -185,14 +185,38 @@ async def test_short_texts_that_keep_coming_do_not_starve_a_long_one() -> None:
 
 
 async def test_interactive_work_goes_first_and_batch_work_still_goes_on() -> None:
-    # Given more of both lanes than one batch holds
-    waiting: list[tuple[Text, Lane]] = [(text(5), "interactive")] * 8 + [(text(7), "batch")] * 3
-    lengths = await batches_of(waiting, budget(most=7))
-    # Then while both wait, one of the batch lane begins after each third of the other, and no batch mixes them
-    assert sorted(lengths) == [[5]] * 8 + [[7]] * 3
-    first, second, _ = (index for index, batch in enumerate(lengths) if batch == [7])
-    assert lengths[:first].count([5]) in (2, 3)  # one came before these
-    assert lengths[:second].count([5]) in (5, 6)
+    # Given more of both lanes than one batch holds, and an encoder that takes one step at a time
+    entered = {length: threading.Semaphore(0) for length in (5, 7)}
+    go_on = {length: threading.Semaphore(0) for length in (5, 7)}
+
+    def encode(batch: list[Text], _alone: bool) -> NDArray[np.float32]:
+        (one,) = batch
+        entered[one.length].release()
+        assert go_on[one.length].acquire(timeout=5)
+        return np.array([vector(one)], dtype=np.float32)
+
+    async def enters(length: int) -> None:
+        assert await asyncio.to_thread(entered[length].acquire, timeout=5)
+
+    batcher = Batcher(encode, budget(most=7))
+    tasks = [asyncio.create_task(batcher.submit([text(5)])) for _ in range(9)]
+    tasks += [asyncio.create_task(batcher.submit([text(7)], "batch")) for _ in range(2)]
+    await waits(batcher, len(tasks))
+    running = asyncio.create_task(batcher.run())
+    for _ in range(2):
+        # Then the batch lane takes nothing beside the first two of each three of the other, and then one
+        for _ in range(2):
+            await enters(5)
+            assert not entered[7].acquire(blocking=False)
+            go_on[5].release()
+        await enters(5)
+        await enters(7)
+        go_on[7].release()
+        go_on[5].release()
+    go_on[5].release(3)
+    await asyncio.gather(*tasks)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_batch_work_in_hand_holds_up_nobody() -> None:

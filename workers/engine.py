@@ -33,11 +33,10 @@ CPU_DEFAULTS: dict[str, Any] = {
 share of all memory."""
 
 
-FEW_CORES = {
-    "scheduler_cls": "workers.waiting.SleepingScheduler",
-    "worker_extension_cls": "workers.waiting.SleepingWorker",
-}
-"""Where the engine's processes share a core; see waiting.py."""
+FEW_CORES = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+"""Where the engine's processes share a core: schedule and compute in one process. In two, vLLM's default on a CPU, they
+hand each step over in shared memory and spin while they wait, on the cores that others need. Named by its path, because
+vLLM turns the short name into the default there."""
 
 SAMPLERS = ["workers.samplers:ExtraSamplers", "workers.thoughts:ThoughtBounds"]
 """Logits processors that requests can switch on."""
@@ -135,6 +134,9 @@ async def start_engine(spec: ModelSpec, settings: Settings) -> AsyncIterator[Cha
     if spec.extra_samplers:
         # vLLM 0.32 has two model runners; the newer one, which GPUs get, takes logits processors of another kind.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if settings.front_cores:
+        engine_cores = len(os.sched_getaffinity(0)) - len(settings.front_cores.split(","))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, engine_cores)))
     bound_whitespace()
     args = engine_arguments(spec, settings.media_domains, few_cores=bool(settings.front_cores))
     async with build_async_engine_client(args) as client:

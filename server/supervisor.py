@@ -53,8 +53,8 @@ class Plan:
 
 
 def off_the_engine(registry: Registry) -> set[int] | None:
-    """Where all but the engine runs; None: anywhere. vLLM's CPU build spins on the cores it takes: with few of them
-    the others keep off, on the last."""
+    """Where all but the engine runs; None: anywhere. The engine's threads compute in step: whoever runs beside one of
+    them holds up all, so that with few cores the others keep off, on the last."""
     cores = sorted(os.sched_getaffinity(0))
     crowded = 1 < len(cores) <= FEW_CORES and shutil.which("nvidia-smi") is None
     return {cores[-1]} if crowded and registry.of_type("chat") else None

@@ -40,7 +40,7 @@ FEW_CORES_NICE = 10
 
 class Archivist:
     def __init__(self, settings: Settings, registry: Registry) -> None:
-        self._few_cores = bool(settings.front_cores)
+        self._few_cores = bool(settings.front)
         embedding = registry.default("embedding")
         self.probe = Probe(settings.host, settings.metrics_port)
         self._pool = make_pool(settings.database_url, max_size=3)  # records, vectors, an index being built

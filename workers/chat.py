@@ -25,8 +25,8 @@ class ChatWorker(Worker):
 
     async def start(self) -> int:
         self._engine = await self._stack.enter_async_context(start_engine(self._spec, self.settings))
-        if self.settings.front_cores:
-            keep_apart({int(core) for core in self.settings.front_cores.split(",")})
+        if self.settings.front:
+            keep_apart(self.settings.front)
         return self._engine.max_num_seqs
 
     async def stop(self) -> None:

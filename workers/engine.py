@@ -134,11 +134,11 @@ async def start_engine(spec: ModelSpec, settings: Settings) -> AsyncIterator[Cha
     if spec.extra_samplers:
         # vLLM 0.32 has two model runners; the newer one, which GPUs get, takes logits processors of another kind.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    if settings.front_cores:
-        engine_cores = len(os.sched_getaffinity(0)) - len(settings.front_cores.split(","))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, engine_cores)))
+    if settings.front:
+        # vLLM says so to a computing process of its own only.
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0) - settings.front) or 1))
     bound_whitespace()
-    args = engine_arguments(spec, settings.media_domains, few_cores=bool(settings.front_cores))
+    args = engine_arguments(spec, settings.media_domains, few_cores=bool(settings.front))
     async with build_async_engine_client(args) as client:
         state = State()
         await init_app_state(client, state, args, await client.get_supported_tasks())

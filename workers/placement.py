@@ -1,8 +1,7 @@
 """Which cores the engine's processes keep to, and which the process that feeds them.
 
-vLLM's CPU build has a scheduler process and a computing process that hand each step to one another and spin while they
-wait. Left to the kernel, the scheduler spins on the core where the tokens are turned into text and sent, and takes half
-of it. The two never work at the same time, so that they lose nothing on the same core.
+Each step of the engine begins when the last one's tokens are read, and while they are turned into text and sent, the
+next is computed: on few cores, whoever runs beside the engine's threads holds up every stream at once.
 """
 
 import contextlib

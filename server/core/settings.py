@@ -80,6 +80,11 @@ class Settings(BaseSettings):
         return [host.strip().lower() for host in self.allowed_media_domains.split(",") if host.strip()]
 
     @property
+    def front(self) -> set[int]:
+        """`front_cores` as numbers."""
+        return {int(core) for core in self.front_cores.split(",") if core}
+
+    @property
     def api_keys(self) -> list[str]:
         return [key.strip() for key in self.api_key.split(",") if key.strip()]
 

@@ -37,7 +37,7 @@ class Text:
 Encode = Callable[[list[Text], bool], NDArray[np.float32]]
 """Texts of one batch, and whether it has the machine for itself -> float32 (n_texts, dimensions).
 
-Called in threads, as many at once as there are streams.
+Called in threads, as many at once as there are streams; with the machine for itself, always in the same one.
 """
 
 
@@ -133,11 +133,12 @@ def _length(item: _Item) -> int:
 
 
 class Batcher:
-    """Feeds `encode` from many requests."""
+    """Feeds `encode` from many requests. What has the machine for itself runs in `machine`, of one thread."""
 
-    def __init__(self, encode: Encode, budget: Budget) -> None:
+    def __init__(self, encode: Encode, budget: Budget, machine: ThreadPoolExecutor) -> None:
         self._encode = encode
         self._budget = budget
+        self._machine = machine
         self._lines: dict[Lane, _Line] = {"interactive": _Line(), "batch": _Line()}
         self._changed = asyncio.Event()
         self._running = 0
@@ -188,10 +189,11 @@ class Batcher:
                 await self._changed.wait()
                 continue
             self._running += 1
-            alone = self._running == 1 and not self.waiting
+            alone = lane == "interactive" and self._running == 1 and not self.waiting
             try:
                 texts = [item.text for item in batch]
-                pairs = list(zip(batch, await loop.run_in_executor(threads, self._encode, texts, alone), strict=True))
+                vectors = await loop.run_in_executor(self._machine if alone else threads, self._encode, texts, alone)
+                pairs = list(zip(batch, vectors, strict=True))
             except Exception as exc:
                 for item in batch:
                     if not item.vector.done():

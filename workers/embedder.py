@@ -16,7 +16,7 @@ from workers.precision import faster
 
 MAX_STREAMS = 4
 """Batches computed at once on a CPU, a share of the cores each: they never wait for each other, as threads do."""
-TOKENS_PER_THREAD = 64
+TOKENS_PER_THREAD = 8
 """Fewer than so many for each are not worth another thread."""
 TRIAL = (8, 32)
 """Texts, and words of each, that number formats are compared on."""

@@ -33,17 +33,21 @@ class EmbeddingWorker(Worker):
         self._embedder: Embedder
         self._batcher: Batcher
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
+        self._machine = ThreadPoolExecutor(1, "machine")
         self._batching: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
-        self._embedder = await asyncio.to_thread(Embedder, self._spec)
+        loop = asyncio.get_running_loop()
+        # In the one thread that computes on all cores: where several have done so, OpenMP on a CPU lets the threads of
+        # all sleep between two steps of a text, which doubles its time.
+        self._embedder = await loop.run_in_executor(self._machine, Embedder, self._spec)
         # The first call pays for lazy initialisation; let it not be a client's.
-        (vector,) = await asyncio.to_thread(self._try_out)
+        (vector,) = await loop.run_in_executor(self._machine, self._try_out)
         if len(vector) > MAX_DIMENSIONS:
             raise BadSettings(
                 f"model {self.model!r} has {len(vector)} dimensions; set `dimensions` to {MAX_DIMENSIONS} or fewer."
             )
-        self._batcher = Batcher(self._embedder.encode, self._embedder.budget)
+        self._batcher = Batcher(self._embedder.encode, self._embedder.budget, self._machine)
         self._batching = asyncio.create_task(self._batcher.run())
         return PREFETCH
 

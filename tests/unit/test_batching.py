@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -66,7 +67,7 @@ def budget(most: int = 100, least: int = 1000, padding: int = 1000, streams: int
 
 @asynccontextmanager
 async def running(encoder: FakeEncoder, of: Budget | None = None) -> AsyncIterator[Batcher]:
-    batcher = Batcher(encoder, of or budget())
+    batcher = Batcher(encoder, of or budget(), ThreadPoolExecutor(1))
     task = asyncio.create_task(batcher.run())
     try:
         async with asyncio.timeout(5):
@@ -198,7 +199,7 @@ async def test_interactive_work_goes_first_and_batch_work_still_goes_on() -> Non
     async def enters(length: int) -> None:
         assert await asyncio.to_thread(entered[length].acquire, timeout=5)
 
-    batcher = Batcher(encode, budget(most=7))
+    batcher = Batcher(encode, budget(most=7), ThreadPoolExecutor(1))
     tasks = [asyncio.create_task(batcher.submit([text(5)])) for _ in range(9)]
     tasks += [asyncio.create_task(batcher.submit([text(7)], "batch")) for _ in range(2)]
     await waits(batcher, len(tasks))
@@ -240,12 +241,36 @@ async def test_batch_work_steps_back_from_the_processor() -> None:
         nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         return np.full((len(batch), 1), nice, dtype=np.float32)
 
-    batcher = Batcher(encode, budget())
+    batcher = Batcher(encode, budget(), ThreadPoolExecutor(1))
     task = asyncio.create_task(batcher.run())
     # Then the batch lane's is the lower one, and the other is as the process has it
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert (await batcher.submit([text(1)], "batch")).tolist() == [[max(own, 15)]]
     assert (await batcher.submit([text(1)])).tolist() == [[own]]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_has_the_machine_for_itself_runs_in_one_thread() -> None:
+    # Given an encoder that tells its thread
+    used: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def encode(batch: list[Text], alone: bool) -> NDArray[np.float32]:
+        used[alone].add(threading.current_thread().name)
+        return np.zeros((len(batch), 1), dtype=np.float32)
+
+    machine = ThreadPoolExecutor(1, "machine")
+    batcher = Batcher(encode, budget(most=8, streams=2), machine)
+    task = asyncio.create_task(batcher.run())
+    # When texts come one by one, of either lane, and then many at once
+    for _ in range(6):
+        await batcher.submit([text(5)])
+        await batcher.submit([text(5)], "batch")
+    await batcher.submit(texts(*[5] * 6))
+    # Then those that came alone were all encoded in that one, and no others
+    assert used[True] == {"machine_0"}
+    assert used[False]
+    assert "machine_0" not in used[False]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 

@@ -1,0 +1,29 @@
+"""What faults are done to: a rig of processes without an engine (seconds), and a whole stack with one (a minute)."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.rig import Rig, rig
+from tests.stack import Stack
+
+
+@pytest.fixture
+async def parts(tmp_path: Path) -> AsyncIterator[Rig]:
+    """Broker and database of the test's own; it starts what else it needs."""
+    async with rig(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One for all tests here; whoever breaks it waits until it is whole again."""
+    folder: Path = tmp_path_factory.mktemp("faults")
+    running = Stack(folder / "data")
+    running.folder.mkdir()
+    running.start()
+    yield running
+    status = running.stop()
+    assert status == 0
+    assert running.left_behind() == []

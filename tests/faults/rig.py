@@ -1,0 +1,147 @@
+"""The service's processes started one by one over a private broker and database, to be killed, frozen and cut."""
+
+import asyncio
+import hashlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from server.db.pool import make_pool, migrate
+from server.db.store import Store
+from server.private import PrivatePostgres, PrivateRabbitMQ, free_port
+from server.process import Child, start
+from tests.processes import MARK
+
+MODEL = "qwen3-test"
+
+
+@dataclass
+class Rig:
+    """`postgres` and `rabbitmq` run; servers and workers are started by name. `key` is an admin's."""
+
+    folder: Path
+    postgres: PrivatePostgres
+    rabbitmq: PrivateRabbitMQ
+    database_url: str
+    amqp_url: str
+    key: str
+    children: list[Child] = field(default_factory=list)
+
+    @property
+    def models_file(self) -> Path:
+        return self.folder / "models.yaml"
+
+    def serve(self, **entries: dict[str, Any]) -> None:
+        """The models of servers and workers started from now on, by id; the echoing one if none is named."""
+        usual = {"type": "chat", "source": str(self.folder), "context_length": 2048}
+        models = [{"id": id_, "name": id_, **usual, **entry} for id_, entry in (entries or {MODEL: {}}).items()]
+        self.models_file.write_text(yaml.safe_dump({"models": models}))
+
+    async def run(self, name: str, *argv: str, **settings: str) -> Child:
+        """Start `python -m ARGV` with these settings; its log is `<name>.log`."""
+        environment = {
+            "MODELS_FILE": str(self.models_file),
+            "DATABASE_URL": self.database_url,
+            "AMQP_URL": self.amqp_url,
+            "RATE_LIMIT_PER_MINUTE": "0",
+            "METRICS_PORT": "0",
+            MARK: str(self.folder),
+            **settings,
+        }
+        child = await start(name, [sys.executable, "-m", *argv], environment, self.folder / f"{name}.log")
+        self.children.append(child)
+        return child
+
+    async def server(self, name: str = "server", **settings: str) -> tuple[str, Child]:
+        """An API server that answers; its address and process."""
+        port = free_port()
+        child = await self.run(name, "server", "serve", "--port", str(port), **settings)
+        url = f"http://127.0.0.1:{port}"
+        await until(lambda: answers(f"{url}/health"))
+        return url, child
+
+    async def echo(self, name: str = "echo", *options: str, **settings: str) -> Child:
+        """A chat worker whose engine only echoes."""
+        return await self.run(name, "benchmarks.echo", "--model", MODEL, *options, **settings)
+
+    async def archive(self, **settings: str) -> Child:
+        return await self.run("archive", "workers", "archive", **settings)
+
+    def client(self, url: str, key: str | None = None) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {key or self.key}"}
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=60, trust_env=False)
+
+    async def new_key(self, name: str) -> str:
+        async with self.store() as store:
+            return await _make_key(store, name, is_admin=False)
+
+    @asynccontextmanager
+    async def store(self) -> AsyncIterator[Store]:
+        pool = make_pool(self.database_url, max_size=1)
+        await pool.open(wait=True)
+        try:
+            yield Store(pool)
+        finally:
+            await pool.close()
+
+    async def stop(self) -> None:
+        for child in self.children:
+            if not child.exited:
+                os.kill(child.process.pid, signal.SIGCONT)  # what is frozen hears no other signal
+            await child.stop(timeout_s=10)
+
+
+@asynccontextmanager
+async def rig(folder: Path) -> AsyncIterator[Rig]:
+    """A rig without servers and workers yet."""
+    postgres, rabbitmq = PrivatePostgres(folder / "postgres"), PrivateRabbitMQ(folder / "rabbitmq")
+    made: Rig | None = None
+    try:
+        database_url, amqp_url = await asyncio.gather(postgres.start(), rabbitmq.start())
+        await asyncio.to_thread(migrate, database_url)
+        made = Rig(folder, postgres, rabbitmq, database_url, amqp_url, key="")
+        async with made.store() as store:
+            made.key = await _make_key(store, "admin", is_admin=True)
+        made.serve()
+        yield made
+    finally:
+        if made is not None:
+            await made.stop()
+        await asyncio.gather(postgres.stop(), rabbitmq.stop())
+
+
+async def _make_key(store: Store, name: str, *, is_admin: bool) -> str:
+    key = f"qk-{secrets.token_urlsafe(32)}"
+    await store.create_key(name, hashlib.sha256(key.encode()).digest(), is_admin=is_admin)
+    return key
+
+
+async def answers(url: str) -> bool:
+    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+        try:
+            return bool((await client.get(url)).status_code)
+        except httpx.TransportError:
+            return False
+
+
+async def until(check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    """What `check` (awaited if it must be) returns once that is true; fails with its last answer otherwise."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while True:
+        answer = check()
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        if answer:
+            return answer
+        assert loop.time() < deadline, f"still {answer!r} after {timeout_s} s"
+        await asyncio.sleep(0.05)

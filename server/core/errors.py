@@ -153,7 +153,6 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
         NotFound,
         MethodNotAllowed,
         PayloadTooLarge,
-        Unprocessable,
         Cancelled,
         TooManyRequests,
         EngineFailed,

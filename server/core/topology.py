@@ -21,6 +21,9 @@ DEAD = "dead"
 TRIES = 3
 """How often a job is tried before it is taken for poison: twice is bad luck with machines."""
 
+MAX_MESSAGE_BYTES = 12 * 2**20
+"""RabbitMQ 4 takes 16 MiB, and closes the channel over more. A record is its job and the answer, so a job is less."""
+
 
 def jobs_queue(model: str, lane: Lane) -> str:
     return f"jobs.{model}.{lane}"

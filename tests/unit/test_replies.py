@@ -20,7 +20,7 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, list[Frame]]] = []
-        self.lost = False
+        self.lost = self.blocked = False
 
     def send(self, queue: str, body: bytes) -> None:
         if self.lost:

@@ -4,6 +4,7 @@ Used by the server for its clients' requests and by the archivist for its vector
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -15,7 +16,7 @@ import msgspec
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import AnswerLost, BrokerUnavailable, DeadlineExceeded, from_status
-from server.core.messages import ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
+from server.core.messages import Cancel, ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,13 @@ class Inbox:
             waiter = self.waiting.get(frame.request_id)
             if waiter is not None:
                 waiter.put(frame)
+            elif frame.kind == "started":
+                self._cancel(frame.request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        """Stop a job that nobody waits for: its client was told that it was not taken, when nobody knew."""
+        with contextlib.suppress(BrokerUnavailable):
+            self.publisher.broadcast(topology.CONTROL, encode(Cancel(request_id)))
 
     def _fail_all(self) -> None:
         """The reply queue went with the connection: no answer can arrive any more."""

@@ -44,7 +44,7 @@ class Archivist:
         embedding = registry.default("embedding")
         self.probe = Probe(settings.host, settings.metrics_port)
         self._pool = make_pool(settings.database_url, max_size=3)  # records, vectors, an index being built
-        self._store = Store(self._pool)
+        self._store = Store(self._pool, timeout_s=None)
         self._inbox = Inbox(settings.amqp_url, "archive", [embedding.id] if embedding else [], settings.queue_max_jobs)
         self._history = AmqpLink(settings.amqp_url, "archive history", self._setup)
         self._beacon = Beacon(self._inbox.publisher, "archive", "", self.probe)

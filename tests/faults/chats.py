@@ -65,6 +65,14 @@ async def ask(client: httpx.AsyncClient, path: str = OPENAI, **fields: Any) -> h
     return await client.post(path, json=body(**fields))
 
 
+async def serves(client: httpx.AsyncClient) -> bool:
+    """Whether a chat is taken by a worker. Its answer is not waited for."""
+    async with client.stream("POST", OPENAI, json=body(stream=True)) as response:
+        await response.aread() if response.status_code != 200 else None
+        assert response.status_code in (200, 503), response.text
+        return response.status_code == 200
+
+
 def is_refused(response: httpx.Response) -> bool:
     """503 (Anthropic's: 529) in the dialect's own shape, with a time to come again."""
     path, told = response.request.url.path, response.json()

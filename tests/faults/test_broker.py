@@ -1,6 +1,7 @@
 """RabbitMQ is killed, cut off, goes dumb, and runs out of memory and of disk."""
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -15,7 +16,19 @@ from server.core import topology
 from server.core.amqp import HEARTBEAT_S, AmqpLink
 from server.core.settings import BadSettings
 from tests.faults.broker import Proxy, ctl, kill
-from tests.faults.chats import ANTHROPIC, NATIVE, OPENAI, Stream, ask, health, healthy, is_cut_off, is_refused, kept
+from tests.faults.chats import (
+    ANTHROPIC,
+    NATIVE,
+    OPENAI,
+    Stream,
+    ask,
+    health,
+    healthy,
+    is_cut_off,
+    is_refused,
+    kept,
+    serves,
+)
 from tests.faults.disk import disk, fill
 from tests.faults.rig import MODEL, Rig, rig, until
 
@@ -77,7 +90,7 @@ async def test_rabbitmq_is_killed_and_comes_back(parts: Rig) -> None:
         await parts.rabbitmq.start()
         back_at = time.monotonic()
         # Then the service is within 10 s
-        await until(lambda: _answered(client), RECONNECT_S)
+        await until(lambda: serves(client), RECONNECT_S)
         print(f"answered {time.monotonic() - back_at:.1f} s after the broker was back")
         # And the accepted job is still there, for whoever takes it
         assert (await jobs_waiting(parts, HELD))[0] == 1
@@ -88,12 +101,6 @@ async def test_rabbitmq_is_killed_and_comes_back(parts: Rig) -> None:
 
         await until(taken, RECONNECT_S)
         await healthy(client)
-
-
-async def _answered(client: httpx.AsyncClient) -> bool:
-    answer = await ask(client, NATIVE, max_tokens=1)
-    assert answer.status_code in (200, 503), answer.text
-    return answer.status_code == 200
 
 
 async def test_all_connections_are_closed(parts: Rig) -> None:
@@ -111,15 +118,35 @@ async def test_all_connections_are_closed(parts: Rig) -> None:
         # Then the stream ends with an error, and within 10 s all are back
         await stream.end(10)
         assert is_cut_off(stream)
-        await until(lambda: _answered(client), RECONNECT_S)
+        await until(lambda: serves(client), RECONNECT_S)
         assert time.monotonic() - closed_at < RECONNECT_S
         # And what is said from then on is kept
+        assert (await ask(client)).status_code == 200
         await until(lambda: _kept_some(parts))
         await healthy(client)
 
 
 async def _kept_some(parts: Rig) -> bool:
     return any(row["finish_reason"] == "stop" for row in await kept(parts))
+
+
+async def test_what_is_declared_keeps_the_rules_of_rabbitmq_4(parts: Rig) -> None:
+    # Given all that declares
+    url, _ = await parts.server()
+    await parts.echo()
+    await parts.archive()
+    async with parts.client(url) as client:
+        await healthy(client)
+    # When the broker is asked what it has
+    columns = ("name", "type", "durable", "exclusive", "arguments")
+    queues = json.loads(await ctl(parts.rabbitmq, "--quiet", "list_queues", *columns, "--formatter", "json"))
+    # Then nothing is transient but what belongs to one connection, and jobs are in quorum queues with a limit
+    assert {topology.HISTORY, topology.DEAD} <= {queue["name"] for queue in queues}
+    for queue in queues:
+        assert queue["durable"] or queue["exclusive"], queue
+        if queue["name"].startswith("jobs."):
+            assert queue["type"] in ("quorum", "rabbit_quorum_queue"), queue
+            assert "x-delivery-limit" in str(queue["arguments"]), queue
 
 
 @asynccontextmanager
@@ -148,7 +175,7 @@ async def test_a_servers_connection_is_cut(parts: Rig) -> None:
             # Then the stream ends with an error, and the server is back
             await stream.end(5)
             assert is_cut_off(stream)
-            await until(lambda: _answered(client), RECONNECT_S)
+            await until(lambda: serves(client), RECONNECT_S)
             assert time.monotonic() - cut_at < RECONNECT_S
 
 
@@ -178,7 +205,7 @@ async def test_a_servers_connection_goes_dumb(parts: Rig) -> None:
             proxy.heal()
             healed_at = time.monotonic()
             # Then the server is back
-            await until(lambda: _answered(client), RECONNECT_S)
+            await until(lambda: serves(client), RECONNECT_S)
             print(f"answered {time.monotonic() - healed_at:.1f} s after it was healed")
 
 
@@ -204,7 +231,7 @@ async def test_a_workers_connection_goes_dumb(parts: Rig) -> None:
             # When it passes things on again, then the worker is back
             await asyncio.sleep(2 * HEARTBEAT_S)
             proxy.heal()
-            await until(lambda: _answered(client), RECONNECT_S)
+            await until(lambda: serves(client), RECONNECT_S)
             # And the stream has its whole text, or an error at its end
             await stream.end(40)
             assert (stream.done and stream.text == "abc" * 300) or is_cut_off(stream)
@@ -244,17 +271,14 @@ async def test_rabbitmqs_memory_alarm(parts: Rig) -> None:
         del client.headers["X-Session-Id"]
         await ctl(parts.rabbitmq, "set_vm_memory_high_watermark", "0.4")
         # Then all goes on by itself, the stream from where it was
-        await until(lambda: _answered(client), RECONNECT_S)
+        await until(lambda: serves(client), RECONNECT_S)
         await stream.end(30)
         assert stream.done
         assert stream.text == "abc" * 200
         await healthy(client)
         # And what was refused was not answered all the same, later, for nobody
 
-        async def settled() -> bool:
-            return any(row["finish_reason"] == "stop" for row in await kept(parts))
-
-        await until(settled)
+        await until(lambda: _kept_some(parts))
         await asyncio.sleep(12)  # longer than an answer takes
         finished = [row for row in await kept(parts) if row["finish_reason"] == "stop"]
         assert [row for row in finished if row["session_id"] == "refused"] == []
@@ -284,6 +308,9 @@ async def test_rabbitmqs_disk_is_full(tmp_path: Path) -> None:
                     assert answer.status_code in (200, 503), answer.text
                     return answer.status_code == 503 and is_refused(answer)
 
+                async def answered() -> bool:
+                    return not await refused()
+
                 await until(refused, 60)
                 for _ in range(20):
                     assert await refused()
@@ -293,11 +320,11 @@ async def test_rabbitmqs_disk_is_full(tmp_path: Path) -> None:
                 # When there is room again
                 hog.unlink()
                 # Then all goes on by itself
-                await until(lambda: _answered(client), 90)
+                await until(answered, 90)
                 await healthy(client)
                 # And all that was answered is kept, once
-                answered = statuses.count(200) + 2
-                await until(lambda: _kept(parts, answered))
+                count = statuses.count(200) + 1
+                await until(lambda: _kept(parts, count))
 
 
 async def _kept(parts: Rig, count: int) -> bool:

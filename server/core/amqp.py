@@ -353,7 +353,7 @@ class AmqpLink:
             on_open_error_callback=on_failed,
             on_close_callback=on_failed,
         )
-        connection.add_on_connection_blocked_callback(lambda _c, _f: self._set_blocked(True))
+        connection.add_on_connection_blocked_callback(lambda _c, f: self._set_blocked(True, f.method.reason))
         connection.add_on_connection_unblocked_callback(lambda _c, _f: self._set_blocked(False))
         self._connection, self._tags, self._blocked = connection, itertools.count(1), False
         try:
@@ -365,11 +365,11 @@ class AmqpLink:
             if not opened.done() or opened.exception() is not None:
                 self._connection = None
 
-    def _set_blocked(self, blocked: bool) -> None:
+    def _set_blocked(self, blocked: bool, reason: str = "") -> None:
         self._blocked = blocked
         if blocked:
             self._fail_unconfirmed(BLOCKED)
-        logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked})
+        logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked, "reason": reason})
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method

@@ -79,7 +79,7 @@ async def connection(pool: Pool, timeout_s: float | None = None) -> AsyncIterato
     """
     try:
         async with pool.connection() as conn:
-            cutting = timeout_s and asyncio.get_running_loop().call_later(timeout_s, _cut, conn)
+            cutting = timeout_s and asyncio.get_running_loop().call_later(timeout_s, cut, conn)
             try:
                 yield conn
             finally:
@@ -93,8 +93,9 @@ async def connection(pool: Pool, timeout_s: float | None = None) -> AsyncIterato
         raise DatabaseUnavailable(DOWN, retry_after_s=5) from None
 
 
-def _cut(conn: Connection) -> None:
-    """To cancel what it waits for would be to wait for Postgres as well; to close its socket, to leave it waiting."""
+def cut(conn: psycopg.AsyncConnection[Any]) -> None:
+    """End a connection that gets no answer. To cancel what it waits for would be to wait for Postgres as well; to close
+    its socket, to leave it waiting."""
     logger.warning("database silent", extra={"action": "database"})
     with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.fileno())) as own:
         own.shutdown(socket.SHUT_RDWR)

@@ -94,7 +94,8 @@ async def test_postgres_is_down_for_a_minute(parts: Rig) -> None:
                 answer = await client.post("/v1/chat/completions", json=_body(f"s{(chats := chats + 1)}"), headers=both)
                 assert answer.status_code == 200, answer.text
                 told = await health(client)
-                assert (told["status"], told["database_connected"]) == ("unhealthy", False)
+                assert told["database_connected"] is False
+                assert told["status"] != "healthy"
             if chats % 20 == 15 and down_s > DOWN_S / 2 and archive.exited is False:
                 # And the one that writes is killed meanwhile
                 archive.process.kill()

@@ -88,11 +88,12 @@ class Archivist:
             await self.probe.stop()
 
     async def _setup(self, link: AmqpLink) -> None:
-        await link.declare_queue(topology.HISTORY)
         await link.declare_queue(topology.DEAD)
         # What an earlier connection delivered can no longer be acked, and comes again on this one.
         self._arrived = asyncio.Queue()
-        await link.consume(topology.HISTORY, lambda delivery: self._arrived.put_nowait(delivery), PREFETCH)
+        for queue in (topology.HISTORY, topology.HISTORY_BEFORE):
+            await link.declare_queue(queue)
+            await link.consume(queue, lambda delivery: self._arrived.put_nowait(delivery), PREFETCH)
 
     async def _write_all(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set():

@@ -220,7 +220,8 @@ class AmqpLink:
     async def declare_queue(
         self, name: str, arguments: dict[str, Any] | None = None, *, exclusive: bool = False, passive: bool = False
     ) -> tuple[int, int]:
-        """Declare a durable (or exclusive) queue; returns (ready messages, consumers)."""
+        """Declare a durable (or exclusive) queue, with the topology's arguments for its name where none are given;
+        returns (ready messages, consumers)."""
         frame = await self._call(
             lambda channel, done: channel.queue_declare(
                 name,
@@ -228,7 +229,7 @@ class AmqpLink:
                 durable=not exclusive,
                 exclusive=exclusive,
                 auto_delete=exclusive,
-                arguments=arguments or {},
+                arguments=arguments or topology.ARGUMENTS.get(name),
                 callback=done,
             )
         )

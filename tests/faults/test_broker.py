@@ -140,7 +140,7 @@ async def test_what_is_declared_keeps_the_rules_of_rabbitmq_4(parts: Rig) -> Non
     # When the broker is asked what it has
     columns = ("name", "type", "durable", "exclusive", "arguments")
     queues = json.loads(await ctl(parts.rabbitmq, "--quiet", "list_queues", *columns, "--formatter", "json"))
-    # Then nothing is transient but what belongs to one connection, and what must not be lost is in quorum queues with a limit
+    # Then nothing is transient but what is one connection's, and jobs and records are in quorum queues with a limit
     assert {topology.HISTORY, topology.DEAD} <= {queue["name"] for queue in queues}
     for queue in queues:
         assert queue["durable"] or queue["exclusive"], queue

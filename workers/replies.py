@@ -134,7 +134,7 @@ class Reply:
         self._taken_at = time.monotonic()
 
     def send(self, kind: FrameKind, data: bytes = b"") -> None:
-        if len(data) > MAX_DATA_BYTES:
+        if len(data) > MAX_DATA_BYTES and kind != "error":
             self.fail(
                 InvalidRequest(
                     f"The answer is larger than {MAX_DATA_BYTES} bytes. Stream it, or ask for fewer logprobs."

@@ -13,7 +13,7 @@ import httpx
 import psutil
 
 from server.core import topology
-from server.core.amqp import HEARTBEAT_S, AmqpLink
+from server.core.amqp import AmqpLink
 from server.core.settings import BadSettings
 from tests.faults.broker import Proxy, ctl, kill
 from tests.faults.chats import (
@@ -34,6 +34,8 @@ from tests.faults.rig import MODEL, Rig, rig, until
 
 RECONNECT_S = 10
 """What is promised."""
+NOTICED_S = 10
+"""The same, for a connection that goes dumb; noticed by heartbeats, so that 3 s are added where that is measured."""
 SLOW = ("--words", "300", "--pause", "0.05")
 """An answer that takes 15 s."""
 HELD = "qwen3-held"
@@ -195,9 +197,9 @@ async def test_a_servers_connection_goes_dumb(parts: Rig) -> None:
             # Then whoever asks waits no longer than it takes to notice
             asked = [asyncio.create_task(ask(client, path)) for path in (OPENAI, NATIVE, ANTHROPIC)]
             for task in asked:
-                assert is_refused(await asyncio.wait_for(task, 2 * HEARTBEAT_S + 3))
+                assert is_refused(await asyncio.wait_for(task, NOTICED_S + 3))
             # And the stream ends with an error
-            await stream.end(2 * HEARTBEAT_S + 3)
+            await stream.end(NOTICED_S + 3)
             assert is_cut_off(stream)
             print(f"noticed after {stream.ended_at - dumb_at:.1f} s")
             assert await all_refused(client)
@@ -229,7 +231,7 @@ async def test_a_workers_connection_goes_dumb(parts: Rig) -> None:
             # Then whoever asks is refused at once
             assert await all_refused(client)
             # When it passes things on again, then the worker is back
-            await asyncio.sleep(2 * HEARTBEAT_S)
+            await asyncio.sleep(NOTICED_S)
             proxy.heal()
             await until(lambda: serves(client), RECONNECT_S)
             # And the stream has its whole text, or an error at its end

@@ -4,6 +4,8 @@ import asyncio
 import time
 from pathlib import Path
 
+import httpx
+
 from server.process import Child
 from tests.faults.chats import ask, healthy, is_refused
 from tests.faults.rig import MODEL, Rig, until
@@ -39,7 +41,7 @@ async def test_the_embedding_worker_is_killed(parts: Rig, tmp_path: Path) -> Non
         worker.process.kill()
         killed_at = time.monotonic()
 
-        def asked() -> list[asyncio.Task[object]]:
+        def asked() -> list[asyncio.Task[httpx.Response]]:
             return [
                 asyncio.create_task(client.post("/embeddings", json={"text": "hello"})),
                 asyncio.create_task(client.post("/v1/embeddings", json={"model": TINY, "input": "hello"})),
@@ -49,10 +51,10 @@ async def test_the_embedding_worker_is_killed(parts: Rig, tmp_path: Path) -> Non
         # Then who asks at once waits, up to the deadline; and then for nothing any more
         for task in asked():
             answer = await asyncio.wait_for(task, DEADLINE_S + 5)
-            assert answer.status_code == 504 or is_refused(answer), answer.text  # type: ignore[attr-defined]
+            assert answer.status_code == 504 or is_refused(answer), answer.text
         for task in asked():
             answer = await asyncio.wait_for(task, 2)
-            assert is_refused(answer)  # type: ignore[arg-type]
+            assert is_refused(answer)
         # And chats go on
         for n in range(10):
             assert (await ask(client, "/chat", text="one two three", session_id=f"without-{n}")).status_code == 200

@@ -250,8 +250,7 @@ async def test_rabbitmqs_memory_alarm(parts: Rig) -> None:
         await stream.begun()
         # When the broker has no memory left
         await ctl(parts.rabbitmq, "set_vm_memory_high_watermark", "0")
-        refused = {"X-Session-Id": "refused"}
-        client.headers |= refused
+        client.headers["X-Session-Id"] = "refused"
         # Then requests are refused, the first ones as well, which tell the server that it is so
         async with asyncio.timeout(10):
             first = await asyncio.gather(*(ask(client) for _ in range(10)))

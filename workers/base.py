@@ -62,6 +62,8 @@ class Beacon:
         last, made = time.monotonic(), 0
         while True:
             await asyncio.sleep(1)
+            if self._link.blocked:
+                continue  # it would pile up, and nobody wants to know later how things were
             now = time.monotonic()
             rate = (self._made - made) / (now - last)
             last, made = now, self._made
@@ -126,7 +128,7 @@ class Worker(ABC):
             settings.amqp_url, f"{self.type} {model} publish", self._setup_publisher, on_return=self._abandon
         )
         self._consumer = AmqpLink(settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer)
-        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._runs) > 1)
+        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._runs) > 1, self._give_up)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
 
     @abstractmethod
@@ -268,6 +270,11 @@ class Worker(ABC):
             await asyncio.wait({run.task}, timeout=HALT_S)
         if run.handling:
             run.task.cancel()
+
+    def _give_up(self, request_id: str) -> None:
+        """No more can be held of its answer."""
+        if run := self._runs.get(request_id):
+            run.cancel()
 
     def _on_job(self, lane: Lane, delivery: Delivery) -> None:
         try:

@@ -4,6 +4,7 @@ Used by the server for its clients' requests and by the archivist for its vector
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -14,7 +15,7 @@ import msgspec
 
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import AnswerLost, BrokerUnavailable, DeadlineExceeded, from_status
+from server.core.errors import AnswerLost, BrokerUnavailable, DeadlineExceeded, PayloadTooLarge, from_status
 from server.core.messages import Cancel, ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
 
 logger = logging.getLogger(__name__)
@@ -132,16 +133,19 @@ class Inbox:
         await asyncio.gather(self.publisher.close(), self.consumer.close())
 
     async def submit(self, job: Job, lane: Lane) -> Waiter:
-        """Queue a job whose `reply_to` is this inbox. Raises QueueFull or BrokerUnavailable.
+        """Queue a job whose `reply_to` is this inbox. Raises QueueFull, BrokerUnavailable or PayloadTooLarge.
 
         Whoever submits calls `release` at the end, whatever the end is.
         """
         if not self.consumer.connected:
             raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
+        body = encode(job)
+        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
+            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
         waiter = self.waiting[job.id] = Waiter(job)
         try:
             async with asyncio.timeout(job.deadline - time.time()):
-                await self.publisher.publish(topology.jobs_queue(job.model, lane), encode(job), message_id=job.id)
+                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
         except TimeoutError as exc:
             self.release(job.id)
             raise DeadlineExceeded("The message broker did not take the request in time.") from exc

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 
 import uvicorn
@@ -14,6 +15,9 @@ MAX_HEAD_BYTES = 64 * 1024
 
 HEAD_TIMEOUT_S = 60.0
 """For a request's head to come to its end, as nginx has it."""
+
+LINGER_S = 1.0
+"""Nobody came for this long: whoever asks for readiness as often has heard, and keeps away."""
 
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -77,6 +81,20 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(drain_timeout_s),
         )
         super().__init__(config)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let clients and balancers notice that this server leaves, then take nothing new.
+
+        A client may send on a connection at the moment that it is closed, and would see it reset. So nothing is closed
+        while requests still come: each answer says `Connection: close` meanwhile, and readiness that it is over.
+        """
+        began = time.monotonic()
+        seen = -1
+        while seen != self.server_state.total_requests and time.monotonic() - began < timeout_s / 2:
+            seen = self.server_state.total_requests
+            await asyncio.sleep(min(LINGER_S, timeout_s / 2))
+        self.config.timeout_graceful_shutdown = math.ceil(timeout_s - (time.monotonic() - began))
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -48,7 +48,7 @@ class Accounting:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *_labels(scope, state)]
-                if scope["app"].state.draining:
+                if getattr(scope["app"].state, "draining", False):
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 

@@ -53,11 +53,12 @@ class ServerProcesses:
             stopped = asyncio.create_task(stopping.wait())
             beating = asyncio.create_task(watchdog.keep_beating())
             await asyncio.wait({stopped, *keeping}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (stopped, beating, *keeping):
+            for task in (stopped, *keeping):
                 task.cancel()
-            await asyncio.gather(stopped, beating, *keeping, return_exceptions=True)
+            await asyncio.gather(stopped, *keeping, return_exceptions=True)
             timeout_s = self._settings.drain_timeout_s + STOP_GRACE_S
             await asyncio.gather(*(child.stop(timeout_s) for child in self._children.values()))
+            beating.cancel()
             # One that was still starting had nothing to drain, and ends by the signal.
             well = all(child.process.returncode in (0, -signal.SIGTERM) for child in self._children.values())
             return 0 if stopping.is_set() and well else 1

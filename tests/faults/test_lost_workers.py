@@ -120,7 +120,8 @@ def text_of(lines: list[str]) -> dict[str, str]:
             texts["done"] = "yes"
             continue
         event = json.loads(line)
-        assert "error" not in event and event.get("type") != "error", event
+        assert "error" not in event, event
+        assert event.get("type") != "error", event
         for choice in event.get("choices") or []:
             at = str(choice["index"])
             add(f"{at} text", choice.get("text"))

@@ -5,7 +5,9 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import httpx
 import pika
 
 from server.core import topology
@@ -90,3 +92,27 @@ async def test_a_stream_whose_worker_dies_each_time_ends_with_an_error(parts: Ri
         # Nothing was told yet, so it is a status
         assert answer.status_code == 500, answer.text
         assert "lost each time" in answer.text
+
+
+async def test_a_job_whose_worker_dies_once_is_answered_by_another(parts: Rig, tmp_path: Path) -> None:
+    # Given two workers, and a job that ends the first that takes it
+    url, _ = await parts.server()
+    await parts.archive()
+    settings = {"DIED_ONCE": str(tmp_path / "died")}
+    workers = [await parts.run(f"w-{n}", "tests.faults.worker", "--model", MODEL, **settings) for n in range(2)]
+    async with parts.client(url) as client:
+        await until(lambda: both_ready(client))
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "die once"}]}
+        answer = await client.post("/v1/chat/completions", json=body)
+        # Then the other one answers, and it is kept and counted once
+        assert answer.status_code == 200, answer.text
+        assert sum(worker.exited for worker in workers) == 1
+        await until(lambda: history(client, 1))
+        await asyncio.sleep(1)
+        assert await history(client, 1)
+        assert (await client.get("/usage")).json()["total_requests"] == 1
+
+
+async def both_ready(client: httpx.AsyncClient) -> bool:
+    workers = (await client.get("/health")).json()["workers"]
+    return sum(worker["ready"] for worker in workers if worker["type"] == "chat") == 2

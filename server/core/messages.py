@@ -127,9 +127,9 @@ class Status:
     metrics_port: int = 0
     backlog: int = 0
     lag_s: float = 0.0
+    sent_at: float = field(default_factory=time.time)
     problem: str = ""
     leaving: bool = False
-    sent_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,18 @@ def cutters(draw: st.DrawFn) -> Cut:
     return cut
 
 
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Answer, Answer]:
+    """An answer, and one that is like it, except that texts may end earlier or later."""
+    first = draw(ANSWERS)
+
+    def like(text: str) -> str:
+        kept = draw(st.integers(1, len(text))) if draw(st.booleans()) else len(text)
+        return text[:kept] + (draw(TEXT) if draw(st.booleans()) else "")
+
+    return first, (like(first[0]), like(first[1]), [like(arguments) for arguments in first[2]])
+
+
 def chat(answer: Answer, cut: Cut) -> list[bytes]:
     """A chat's chunks, as the engine makes them."""
     reasoning, content, calls = answer
@@ -154,6 +166,7 @@ def joined(chunks: list[bytes]) -> dict[Any, Any]:
                 delta = choice.get("delta") or {}
                 for field in ("reasoning", "content"):
                     add((at, field), delta.get(field) or "")
+                assert not delta.get("reasoning") or not texts[at, "content"], "a thought after the answer"
                 add((at, "text"), choice.get("text") or "")
                 for call in delta.get("tool_calls") or []:
                     if call["function"].get("name"):
@@ -168,6 +181,8 @@ def joined(chunks: list[bytes]) -> dict[Any, Any]:
             continue
         key = (content["type"], content.get("index"), content.get("output_index"))
         delta = content.get("delta")
+        ended = [("content_block_stop", *key[1:], None), ("response.output_item.done", *key[1:], None)]
+        assert not any(end in once for end in ended), "a delta after its end"
         if isinstance(delta, str):
             add(key, delta)
         elif delta and delta.get("type") in ("text_delta", "thinking_delta", "input_json_delta"):
@@ -231,7 +246,11 @@ async def test_two_lost_workers_leave_no_trace(
 
 
 @pytest.mark.parametrize("api", MAKERS)
-@given(answers=st.tuples(ANSWERS, ANSWERS), cuts=st.tuples(cutters(), cutters()), end=st.floats(0, 1))
+@given(
+    answers=pairs() | st.tuples(ANSWERS, ANSWERS),
+    cuts=st.tuples(cutters(), cutters()),
+    end=st.floats(0, 1) | st.just(1.0),
+)
 async def test_what_was_told_is_a_beginning_of_one_answer(
     api: Api, answers: tuple[Answer, Answer], cuts: tuple[Cut, Cut], end: float
 ) -> None:

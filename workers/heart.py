@@ -33,12 +33,12 @@ class Heart:
         """Ask, until cancelled."""
         while True:
             asking = asyncio.ensure_future(self._ask())
-            used_s, owed_s = processor_s(), 0
+            looks, used_s = 0, 0.0  # the first look, which takes milliseconds, comes only if the answer does not
             try:
                 while not (await asyncio.wait({asking}, timeout=1))[0]:
                     before_s, used_s = used_s, processor_s()
-                    owed_s += 1
-                    computes = used_s - before_s >= IDLE_S and owed_s < LONGEST_STEP_S
+                    looks += 1
+                    computes = looks == 1 or (used_s - before_s >= IDLE_S and looks < LONGEST_STEP_S)
                     self.hung_s = 0.0 if computes else self.hung_s + 1
                 asking.result()
             finally:

@@ -76,6 +76,7 @@ class Archivist:
             for done in (writing, *others):
                 if done.done():
                     done.result()
+            self._beacon.say(leaving=True)
             return 0
         finally:
             self.probe.ready = False

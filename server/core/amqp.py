@@ -223,8 +223,14 @@ class AmqpLink:
         return self._channel is not None and delivery.channel is self._channel and bool(self._channel.is_open)
 
     async def declare_jobs(self, model: str, max_length: int) -> None:
-        for lane in ("interactive", "batch"):
-            await self.declare_queue(topology.jobs_queue(model, lane), topology.jobs_arguments(max_length))
+        await self.declare_dead_letters()
+        for queue, arguments in topology.jobs_queues(model, max_length).items():
+            await self.declare_queue(queue, arguments)
+
+    async def declare_dead_letters(self) -> None:
+        await self.declare_fanout(topology.DEAD_LETTERS)
+        await self.declare_queue(topology.DEAD)
+        await self.bind(topology.DEAD, topology.DEAD_LETTERS)
 
     async def declare_queue(
         self, name: str, arguments: dict[str, Any] | None = None, *, exclusive: bool = False, passive: bool = False

@@ -113,7 +113,8 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Status:
     """A worker's load, sent once a second. `tokens_per_s` covers the second just past;
-    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row."""
+    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. `problem` says why it is not
+    ready, where it knows; `leaving` is its last word, after which it is not missed."""
 
     worker: str
     type: WorkerType
@@ -127,6 +128,8 @@ class Status:
     backlog: int = 0
     lag_s: float = 0.0
     sent_at: float = field(default_factory=time.time)
+    problem: str = ""
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)

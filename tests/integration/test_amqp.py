@@ -55,19 +55,18 @@ async def test_an_unacked_job_is_delivered_again_until_it_is_dead(amqp_url: str)
         link.reject(delivery, requeue=True)
 
     async def setup(own: AmqpLink) -> None:
-        await own.declare_queue(topology.DEAD)
         await own.declare_jobs(model, 10)
 
     link = AmqpLink(amqp_url, "test", setup)
     await link.start()
     body = secrets.token_bytes(8)
-    await link.publish(topology.jobs_queue(model, "interactive"), body)
+    await link.publish(topology.suspects_queue(model), body)
     # When it is consumed
-    await link.consume(topology.jobs_queue(model, "interactive"), give_back, prefetch=1)
+    await link.consume(topology.suspects_queue(model), give_back, prefetch=1)
     await link.consume(topology.DEAD, lambda delivery: dead.append(delivery.body))
     # Then it comes again with its number of attempts, and at last goes to the dead letters
     await until(lambda: body in dead)
-    assert attempts == list(range(1, topology.TRIES + 1))
+    assert attempts == list(range(1, topology.TRIES_ALONE + 1))
     await link.close()
 
 

@@ -43,6 +43,8 @@ class ChatWorker(Worker):
     def alive(self) -> bool:
         return self._engine.alive
 
+    async def halt(self, job: Job) -> bool:
+        return await self._engine.serving[job.api].halt(job.id)
     def hung_s(self) -> float:
         return self._heart.hung_s
 

@@ -15,8 +15,15 @@ import msgspec
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.continuation import Continuation, Differs, may_continue
-from server.core.errors import AnswerLost, BrokerUnavailable, DeadlineExceeded, EngineFailed, from_status
-from server.core.messages import ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
+from server.core.errors import (
+    AnswerLost,
+    BrokerUnavailable,
+    DeadlineExceeded,
+    EngineFailed,
+    PayloadTooLarge,
+    from_status,
+)
+from server.core.messages import Cancel, ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +147,11 @@ class Inbox:
         self._models = models
         self._queue_max_jobs = queue_max_jobs
         self._also_consume = also_consume
-        self.publisher = AmqpLink(amqp_url, f"{name} publish", self._setup_publisher)
+        self.on_return: Callable[[str], None] = lambda queue: None
+        """Told the reply queue of another process that is gone."""
+        self.publisher = AmqpLink(
+            amqp_url, f"{name} publish", self._setup_publisher, on_return=lambda queue: self.on_return(queue)
+        )
         self.consumer = AmqpLink(amqp_url, f"{name} consume", self._setup_consumer, on_lost=self._fail_all)
 
     async def start(self) -> None:
@@ -150,16 +161,19 @@ class Inbox:
         await asyncio.gather(self.publisher.close(), self.consumer.close())
 
     async def submit(self, job: Job, lane: Lane) -> Waiter:
-        """Queue a job whose `reply_to` is this inbox. Raises QueueFull or BrokerUnavailable.
+        """Queue a job whose `reply_to` is this inbox. Raises QueueFull, BrokerUnavailable or PayloadTooLarge.
 
         Whoever submits calls `release` at the end, whatever the end is.
         """
         if not self.consumer.connected:
             raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
+        body = encode(job)
+        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
+            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
         waiter = self.waiting[job.id] = Waiter(job)
         try:
             async with asyncio.timeout(job.deadline - time.time()):
-                await self.publisher.publish(topology.jobs_queue(job.model, lane), encode(job), message_id=job.id)
+                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
         except TimeoutError as exc:
             self.release(job.id)
             raise DeadlineExceeded("The message broker did not take the request in time.") from exc
@@ -171,6 +185,13 @@ class Inbox:
     def release(self, request_id: str) -> None:
         if (waiter := self.waiting.pop(request_id, None)) is not None:
             waiter.close()
+
+    def cancel(self, request_id: str) -> None:
+        """Have a job stopped, whichever worker has it, or not begun, whichever takes it."""
+        try:
+            self.publisher.broadcast(topology.CONTROL, encode(Cancel(request_id)))
+        except BrokerUnavailable:
+            return  # the reply queue is gone too, and the worker stops by that
 
     async def _setup_publisher(self, link: AmqpLink) -> None:
         await link.declare_dead_letters()
@@ -203,6 +224,8 @@ class Inbox:
             waiter = self.waiting.get(frame.request_id)
             if waiter is not None:
                 waiter.put(frame)
+            elif frame.kind == "started":
+                self.cancel(frame.request_id)  # by a worker that was not there to hear it the first time
 
     def _on_dead(self, delivery: Delivery) -> None:
         """A job was given up on, perhaps one of this process."""

@@ -10,11 +10,14 @@ from server.core.messages import Lane
 
 CONTROL = "control"
 """Fanout: `Cancel` to every worker."""
+ASKS = "asks"
+"""Fanout: `Ask` to every server."""
 STATUS = "status"
 """Fanout: `Status` to every server."""
-HISTORY = "history"
-"""Finished requests wait here until Postgres has them. A classic queue: quorum queues of RabbitMQ 4
-drop after 20 deliveries by default, and no record may be dropped."""
+HISTORY = "history.v2"
+"""Finished requests wait here until Postgres has them."""
+HISTORY_BEFORE = "history"
+"""Where versions before this one left them: a classic queue, of which a cluster has one copy."""
 DEAD = "dead"
 """Jobs that were delivered too often, for a person to look at."""
 DEAD_LETTERS = "dead-letters"
@@ -27,6 +30,17 @@ TRIES_ALONE = 2
 """How often a suspect is tried, one at a time on each worker, before it is taken for poison."""
 _LIMIT_TOGETHER = 2 * TRIES_TOGETHER + 2
 """Never reached while workers set suspects aside; the broker is to have a limit all the same."""
+
+MAX_MESSAGE_BYTES = 12 * 2**20
+"""RabbitMQ 4 takes 16 MiB, and closes the channel over more."""
+MAX_JOB_BYTES = 8 * 2**20
+"""A record is its job and the answer, and has to fit as well: nobody could be told that it does not."""
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    # Without a limit of its own, RabbitMQ 4 drops what was delivered 20 times; no record may be dropped.
+    HISTORY: {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
+}
+"""Of queues with one name."""
 
 
 def jobs_queue(model: str, lane: Lane) -> str:

@@ -70,6 +70,7 @@ class Dispatcher:
             [model.id for model in registry.models],
             settings.queue_max_jobs,
             also_consume=self.fleet.consume,
+            max_unread_bytes=settings.stream_buffer_bytes,
         )
         # Its own connection: asking for a queue that is gone closes the channel it is asked on.
         self.scraper = AmqpLink(settings.amqp_url, "server metrics", _declare_nothing)

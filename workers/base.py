@@ -236,8 +236,16 @@ class Worker(ABC):
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)
             return
+        if job.model != self.model:
+            logger.error("job of another model", extra={"action": "decode"})
+            self._consumer.reject(delivery, requeue=False)
+            return
         if run := self._runs.get(job.id):
-            run.delivery = delivery  # delivered again after a reconnection, while it still runs
+            if run.delivery.channel is delivery.channel:
+                logger.error("second job of one id", extra={"action": "decode", "request_id": job.id})
+                self._consumer.reject(delivery, requeue=False)
+            else:
+                run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
         cancelled = self._cancelled_early.pop(job.id, None) is not None
         run = self._runs[job.id] = _Run(job, delivery, cancelled=cancelled)
@@ -275,7 +283,7 @@ class Worker(ABC):
             return "expired"
         reply.send("started")
         try:
-            async with asyncio.timeout(job.deadline - time.time()):
+            async with asyncio.timeout(min(job.deadline - time.time(), self.settings.request_timeout_s)):
                 answer = await self.handle(job, reply)
         except TimeoutError:
             reply.fail(DeadlineExceeded("The request was not answered before its deadline."))

@@ -8,6 +8,7 @@
     ├── Forbidden               403  the key is known but may not do this
     ├── NotFound                404
     ├── MethodNotAllowed        405
+    ├── ClientTooSlow           408  the client did not send its request, or read its answer, in time
     ├── PayloadTooLarge         413
     ├── HeadersTooLarge         431
     ├── TooManyRequests         429  retry_after_s says when
@@ -77,6 +78,10 @@ class MethodNotAllowed(ServiceError):
     status = 405
 
 
+class ClientTooSlow(ServiceError):
+    status = 408
+
+
 class PayloadTooLarge(ServiceError):
     status = 413
 
@@ -139,6 +144,7 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
         Forbidden,
         NotFound,
         MethodNotAllowed,
+        ClientTooSlow,
         PayloadTooLarge,
         TooManyRequests,
         EngineFailed,

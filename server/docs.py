@@ -46,11 +46,16 @@ def page(document: Schema) -> str:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     )
+    types = "".join(
+        f"<h2>{escape(name)}</h2><p>{escape(schema.get('description', ''))}</p>"
+        + _table("Fields", list(_fields(document, schema)))
+        for name, schema in document["components"]["schemas"].items()
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<h1>{title} {escape(document['info']['version'])}</h1><p>Send your key as <code>Authorization: Bearer …"
         '</code> or as <code>x-api-key: …</code>. For programs: <a href="openapi.json">openapi.json</a>.</p>'
-        f"{operations}</html>"
+        f"{operations}{types}</html>"
     )
 
 
@@ -109,6 +114,6 @@ def _type(schema: Schema) -> str:
         return " or ".join(dict.fromkeys(_type(form) for form in forms))
     if "enum" in schema or "const" in schema:
         return " | ".join(map(repr, schema.get("enum", [schema.get("const")])))
-    bounds = [f"{sign} {schema[name]}" for name, sign in BOUNDS.items() if name in schema]
+    bounds = [f"{sign} {str(schema[name]).removesuffix('.0')}" for name, sign in BOUNDS.items() if name in schema]
     kind = f"{schema.get('type', 'any')}{' of ' + _type(schema['items']) if 'items' in schema else ''}"
     return f"{kind} ({', '.join(bounds)})" if bounds else kind

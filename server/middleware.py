@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.core import metrics
 from server.core.errors import EngineFailed, HeadersTooLarge
+from server.core.http import HARDENING
 from server.errors import PREFIX, Dialect, dialect_of, error_response
 from server.limits import MAX_HEADER_BYTES
 from server.rate import RateState
@@ -27,19 +28,10 @@ logger = logging.getLogger(__name__)
 UNANSWERED = 499
 """nginx's status for a client that left before it had an answer."""
 
+REFUSED_FOR_NOW = (503, 529)
+"""Of these there are many at once, and what is amiss has its own line."""
 
 CLIENT_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-HARDENING = (
-    # What is told here is a key's own business: no cache keeps it, no page of another site embeds or frames it.
-    (b"cache-control", b"no-store"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"x-frame-options", b"DENY"),
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
-)
-"""On every answer that does not say otherwise itself. HTTPS is the proxy's in front, and so is HSTS."""
 
 EXPOSED = (
     "Anthropic-RateLimit-Requests-Limit",
@@ -117,8 +109,9 @@ class Accounting:
             endpoint = getattr(route, "path", "unknown").removeprefix(PREFIX)
             took_s = time.monotonic() - started
             _count(endpoint, state["model"], status, took_s)
-            if status >= 500 or logger.isEnabledFor(logging.DEBUG):
-                level = logging.WARNING if status >= 500 else logging.DEBUG
+            failed_here = status >= 500 and status not in REFUSED_FOR_NOW
+            if failed_here or logger.isEnabledFor(logging.DEBUG):
+                level = logging.WARNING if failed_here else logging.DEBUG
                 extra = _fields(scope) | {"endpoint": endpoint, "status": status, "took_s": round(took_s, 4)}
                 logger.log(level, "request answered", extra=extra)
 

@@ -26,6 +26,17 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 16
 """Requests sent ahead of the answer to the one before. No client of today does so, and each is kept until its turn."""
 
+HARDENING = (
+    # What is told here is a key's own business: no cache keeps it, no page of another site embeds or frames it.
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+"""On every answer that does not say otherwise itself. HTTPS is the proxy's in front, and so is HSTS."""
+
 Refusal = Callable[[int, str, str], bytes]
 """The JSON of an error by status, message and the path that was asked for (empty: none was understood)."""
 
@@ -207,7 +218,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 status.phrase.encode(),
                 len(body),
             )
-            self.transport.write(head + headers + b"connection: close\r\n\r\n" + body)
+            hardening = b"".join(b"%b: %b\r\n" % pair for pair in HARDENING)
+            self.transport.write(head + headers + hardening + b"connection: close\r\n\r\n" + body)
         self.transport.close()
 
 

@@ -1,4 +1,4 @@
-"""A service with tight bounds, for those who abuse it: what it grants in minutes elsewhere it grants in seconds here."""
+"""A service with tight bounds, for those who abuse it: what takes minutes elsewhere takes seconds here."""
 
 import logging
 from collections.abc import AsyncIterator

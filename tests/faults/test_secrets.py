@@ -57,8 +57,8 @@ async def test_keys_and_what_is_said_are_in_no_log_and_keys_in_no_table(guarded:
                     await client.get(f"/chat/history?session_id={key}", headers=headers)
                     await client.get(path, headers=headers | {"X-Request-Id": SAID, "traceparent": key})
     # And errors of the libraries, which quote their arguments
-    broken = {"DATABASE_URL": parts.database_url.replace("//", "//nobody:hunter2@", 1).replace("@/", "@127.0.0.1:1/")}
-    failing = await parts.run("failing", "server", "serve", "--port", "1", LOG_LEVEL="DEBUG", **broken)
+    broken = {"DATABASE_URL": "postgresql://nobody:hunter2@127.0.0.1:1/none", "LOG_LEVEL": "DEBUG"}
+    failing = await parts.run("failing", "server", "serve", **broken)
     await asyncio.wait_for(failing.process.wait(), 60)
     assert failing.process.returncode
     # When all logs and all tables are read
@@ -69,8 +69,7 @@ async def test_keys_and_what_is_said_are_in_no_log_and_keys_in_no_table(guarded:
     secrets += [password for url in (parts.database_url, parts.amqp_url) if (password := urlsplit(url).password)]
     for secret in secrets:
         assert secret not in logs
-        if secret not in (unknown, "guest"):
-            assert secret not in tables.replace(f"session_id={secret}", "")
+        assert secret not in tables
     # Nor what was said, which is in the table of chats alone
     assert SAID not in logs
     assert {line.split(" ", 1)[0] for line in tables.split("\n") if SAID in line} <= {"public.chats"}

@@ -6,8 +6,11 @@ comes to its end, an answer that nobody reads, connections on which nothing is a
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import math
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -191,7 +194,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _watch_writing(self) -> None:
         """While something waits to be sent, look now and then whether the client takes any of it."""
         if self._writing is None:
-            self._unsent = self.transport.get_write_buffer_size()
+            self._unsent = self._not_taken()
             if self._unsent:
                 self._writing = self.loop.call_later(self._bounds.stalled_reader_s, self._look_at_writing)
 
@@ -202,11 +205,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _look_at_writing(self) -> None:
         self._writing = None
-        if self.transport.get_write_buffer_size() >= self._unsent:
+        if self._not_taken() >= self._unsent:
             logger.info("reader stalled", extra={"action": "cut", "unsent_bytes": self._unsent})
             self.transport.abort()
         else:
             self._watch_writing()
+
+    def _not_taken(self) -> int:
+        """Bytes that wait here and, as soon as some do, in the system's buffer, which may be megabytes: of a slow reader
+        that one alone moves for long. 0 if none wait here."""
+        waiting: int = self.transport.get_write_buffer_size()
+        if not waiting:
+            return 0
+        try:
+            told = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            return waiting
+        return waiting + int.from_bytes(told, sys.byteorder)
 
     def _refuse(self, status: HTTPStatus, message: str, headers: bytes = b"") -> None:
         """Answer what never became a request, and end the connection."""

@@ -311,7 +311,7 @@ def test_requests_sent_ahead_are_answered_in_order_and_bounded(guarded: Guarded)
     paths = ["/health/live", "/nope", "/models", "/health/live"]
     one = "GET {} HTTP/1.1\r\nHost: x\r\n\r\n"
     said = everything(guarded.port, "".join(one.format(path) for path in paths).encode())
-    assert re.findall(rb"^HTTP/1.1 (\d+)", said, re.MULTILINE) == [b"200", b"404", b"401", b"200"]
+    assert re.findall(rb"HTTP/1.1 (\d+)", said) == [b"200", b"404", b"401", b"200"]
     # But nobody keeps thousands of them
     said = everything(guarded.port, one.format("/health/live").encode() * 20_000)
     assert said.count(b"HTTP/1.1 200") < 100

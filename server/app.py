@@ -12,6 +12,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import docs, exporter
 from server.auth import ensure_keys
+from server.core import watchdog
 from server.core.registry import Registry
 from server.core.settings import Settings
 from server.db.listen import listen
@@ -19,11 +20,12 @@ from server.db.pool import make_pool, open_pool
 from server.db.store import Store
 from server.dispatch import Dispatcher
 from server.errors import PREFIX, add_error_handlers
+from server.kept import Keeper
 from server.keyed import direct_routes
 from server.keys import CHANNEL, KeyCache
 from server.middleware import Accounting
 from server.rate import RateLimiter
-from server.routes import anthropic, health, history, inference, openai
+from server.routes import anthropic, health, history, inference, openai, requests
 
 VERSION = "0.1.0"
 
@@ -47,9 +49,12 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         await app.state.dispatcher.start()
         await _hear_workers(app.state.dispatcher, registry)
         models = [model.id for model in registry.models]
+        app.state.keeper = Keeper(settings, app.state.store, app.state.dispatcher)
         tasks = [
+            asyncio.create_task(app.state.keeper.forget()),
             asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys)),
             asyncio.create_task(exporter.keep_ages(app.state.dispatcher, models)),
+            asyncio.create_task(watchdog.keep_beating()),
         ]
         try:
             yield
@@ -57,6 +62,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await app.state.keeper.close()
             await app.state.dispatcher.close()
             await pool.close()
 
@@ -70,6 +76,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     )
     app.state.settings, app.state.registry = settings, registry
     app.state.started_at = int(time.time())
+    app.state.draining = False
     add_error_handlers(app)
     # For the document only: KeyedRoute lets nobody past without a key.
     keyed: list[Any] = [
@@ -80,7 +87,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         documented = not prefix
         app.include_router(health.router, prefix=prefix, include_in_schema=documented)
         app.include_router(exporter.router, prefix=prefix, include_in_schema=documented)
-        for routes in (inference, history, openai, anthropic):
+        for routes in (inference, history, openai, requests, anthropic):
             app.include_router(routes.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
     app.include_router(docs.router)
     app.add_middleware(Accounting, direct=direct_routes(app.routes), origins=settings.cors_origins)

@@ -1,18 +1,28 @@
-"""From a validated request to its frames: admit, queue, match, cancel. Knows no HTTP and no dialect."""
+"""From a validated request to its frames: admit, queue, match, cancel, and say where it stands.
+
+Knows no HTTP and no dialect.
+"""
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from server.core import topology
 from server.core.amqp import AmqpLink
-from server.core.errors import BrokerUnavailable, NoWorker
+from server.core.errors import Cancelled, NoWorker, ServiceError
 from server.core.inbox import Inbox, Waiter
-from server.core.messages import Api, Cancel, Frame, Job, encode
+from server.core.messages import Api, ErrorFrame, Frame, Job, RequestState, RequestStatus
 from server.core.registry import ModelSpec, Registry
 from server.core.settings import Settings
 from server.fleet import Fleet
+from server.peers import Peers
+
+ENDED_S = 600.0
+"""How long it is remembered how a request ended that nothing else remembers."""
+MAX_ENDED = 10_000
+"""How many of them; the oldest are forgotten first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +44,31 @@ class Call:
 class Ticket:
     """A submitted call. Close it once its client is done or gone: an unfinished job is then cancelled."""
 
-    def __init__(self, inbox: Inbox, waiter: Waiter) -> None:
-        self._inbox = inbox
+    def __init__(self, waiter: Waiter, on_end: Callable[[Waiter, RequestStatus, ServiceError | None], None]) -> None:
         self._waiter = waiter
+        self._on_end = on_end
         self._over = False
         self.request_id = waiter.job.id
         self.api: Api = waiter.job.api
 
     async def next(self) -> Frame:
         """The next chunk, usage, result or done frame. Raises the ServiceError the request ended with."""
-        frame = await self._waiter.next()
-        self._over = frame.kind in ("result", "done")
+        try:
+            frame = await self._waiter.next()
+        except ServiceError as exc:
+            self._end("cancelled" if isinstance(exc, Cancelled) else "failed", exc)
+            raise
+        if frame.kind in ("result", "done"):
+            self._end("completed")
         return frame
 
     def close(self) -> None:
-        self._inbox.release(self.request_id)
+        self._end("cancelled")
+
+    def _end(self, status: RequestStatus, error: ServiceError | None = None) -> None:
         if not self._over:
-            try:
-                self._inbox.publisher.broadcast(topology.CONTROL, encode(Cancel(self.request_id)))
-            except BrokerUnavailable:
-                return  # the reply queue is gone too, and the worker stops by that
+            self._over = True
+            self._on_end(self._waiter, status, error)
 
 
 async def _declare_nothing(_link: AmqpLink) -> None:
@@ -62,18 +77,25 @@ async def _declare_nothing(_link: AmqpLink) -> None:
 
 class Dispatcher:
     def __init__(self, settings: Settings, registry: Registry) -> None:
-        self._timeout_s = settings.request_timeout_s
+        self.timeout_s = settings.request_timeout_s
+        self._ended: OrderedDict[str, RequestState] = OrderedDict()
         self.fleet = Fleet()
+        self.peers = Peers(self.state, self.cancel)
         self.inbox = Inbox(
             settings.amqp_url,
             "server",
             [model.id for model in registry.models],
             settings.queue_max_jobs,
-            also_consume=self.fleet.consume,
+            also_consume=self._consume,
             max_unread_bytes=settings.stream_buffer_bytes,
         )
+        self.peers.inbox = self.inbox
         # Its own connection: asking for a queue that is gone closes the channel it is asked on.
         self.scraper = AmqpLink(settings.amqp_url, "server metrics", _declare_nothing)
+
+    async def _consume(self, link: AmqpLink) -> None:
+        await self.fleet.consume(link)
+        await self.peers.consume(link)
 
     async def start(self) -> None:
         """Raises BrokerUnavailable."""
@@ -101,15 +123,63 @@ class Dispatcher:
             key_id=call.key_id,
             reply_to=self.inbox.queue,
             created_at=now,
-            deadline=now + self._timeout_s,
+            deadline=now + self.timeout_s,
             session_id=call.session_id,
             recorded=call.recorded,
             traceparent=call.traceparent,
             api=call.api,
             context=call.context,
         )
-        return Ticket(self.inbox, await self.inbox.submit(job, "interactive"))
+        return Ticket(await self.inbox.submit(job, "interactive"), self._end)
+
+    def _end(self, waiter: Waiter, status: RequestStatus, error: ServiceError | None) -> None:
+        """A request is over, for whoever waited for it; what a worker may still do for it stops."""
+        self.inbox.release(waiter.job.id)
+        if status != "completed":
+            self.inbox.cancel(waiter.job.id)
+        now = time.time()
+        told = ErrorFrame(error.status, error.message, error.param, error.code) if error is not None else None
+        self._ended[waiter.job.id] = replace(_state(waiter), status=status, finished_at=now, error=told)
+        while self._ended and (
+            len(self._ended) > MAX_ENDED or next(iter(self._ended.values())).finished_at < now - ENDED_S
+        ):
+            self._ended.popitem(last=False)
+
+    def state(self, request_id: str, key_id: int) -> RequestState | None:
+        """Where a request of this key stands; None if this process never had it, or has forgotten it."""
+        for id_ in ids_of(request_id):
+            waiter = self.inbox.waiting.get(id_)
+            state = _state(waiter) if waiter is not None else self._ended.get(id_)
+            if state is not None and state.key_id == key_id:
+                return replace(state, request_id=request_id)
+        return None
+
+    def cancel(self, request_id: str, key_id: int) -> RequestState | None:
+        """Stop a request of this key, if this process has it. One that runs ends when its worker has said so."""
+        for id_ in ids_of(request_id):
+            waiter = self.inbox.waiting.get(id_)
+            if waiter is not None and waiter.job.key_id == key_id:
+                self.inbox.cancel(id_)
+                if not waiter.started:
+                    waiter.put(Cancelled("The request was cancelled."))  # its turn may be long in coming
+                    return replace(_state(waiter), request_id=request_id, status="cancelled")
+        return self.state(request_id, key_id)
 
     def queued(self) -> list[tuple[str, float]]:
         """(model, created_at) of each request of this server that no worker has taken yet."""
         return [(w.job.model, w.job.created_at) for w in self.inbox.waiting.values() if not w.started]
+
+
+def _state(waiter: Waiter) -> RequestState:
+    job = waiter.job
+    status: RequestStatus = "running" if waiter.started else "queued"
+    return RequestState(job.id, job.key_id, status, job.model, job.endpoint, job.created_at)
+
+
+def ids_of(request_id: str) -> tuple[str, str]:
+    """The ids of a request's jobs, the later first: one that is asked again without past chats has a second."""
+    return (again(request_id), request_id)
+
+
+def again(request_id: str) -> str:
+    return f"{request_id}-again"

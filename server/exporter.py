@@ -53,8 +53,9 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
     try:
         async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             for model in models:
-                for lane in LANES:
-                    ready, count = await link.declare_queue(topology.jobs_queue(model, lane), passive=True)
+                queues: dict[str, str] = {lane: topology.jobs_queue(model, lane) for lane in LANES}
+                for lane, queue in {**queues, "suspects": topology.suspects_queue(model)}.items():
+                    ready, count = await link.declare_queue(queue, passive=True)
                     depth.add_metric([model, lane], ready)
                     consumers.add_metric([model, lane], count)
             # The broker counts what is ready; what the archivist holds and has not written waits as well.

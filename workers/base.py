@@ -4,6 +4,7 @@ Knows nothing of models; a worker type says what to do with a job in `handle`.
 """
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -16,10 +17,10 @@ from functools import partial
 
 import msgspec
 
-from server.core import metrics, topology
+from server.core import metrics, topology, watchdog
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import BrokerUnavailable, DeadlineExceeded, EngineFailed, ServiceError
-from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode
+from server.core.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
+from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode, encode_frames
 from server.core.settings import Settings
 from server.core.signals import stop_event
 from workers.probe import Probe
@@ -29,6 +30,19 @@ from workers.serving import EngineDied
 logger = logging.getLogger(__name__)
 
 RECORD_RETRY_S = 1.0
+FEEL_S = 0.4
+"""How often it is looked whether the servers that wait are still there, for answers that send nothing for long."""
+WAITED_S = 1.0
+"""A job older than this when it is taken may have lost its client meanwhile."""
+HEAR_S = 0.25
+"""For a server to say that nobody waits for a job any more."""
+HALT_S = 0.5
+"""For an engine that was told to stop to hand over what it has made; then it is taken by force."""
+
+TOLD_HUNG_S = 6.0
+"""A model that owes an answer for this long, and does nothing, is not ready."""
+ENDED_HUNG_S = 10.0
+"""And after this long it is ended, so that its jobs go to another worker, or to this one when it was started again."""
 
 
 class Beacon:
@@ -42,7 +56,9 @@ class Beacon:
         self.running = self.waiting = self.backlog = 0
         self.lag_s = 0.0
         self.progress_at = 0.0
+        self.problem = ""
         self._made = 0
+        self._tokens_per_s = 0.0
 
     def progress(self, made: int = 1) -> None:
         """Count tokens, vectors or rows made."""
@@ -53,26 +69,34 @@ class Beacon:
         last, made = time.monotonic(), 0
         while True:
             await asyncio.sleep(1)
+            watchdog.beat()
+            if self._link.blocked:
+                continue  # it would pile up, and nobody wants to know later how things were
             now = time.monotonic()
-            rate = (self._made - made) / (now - last)
+            self._tokens_per_s = round((self._made - made) / (now - last), 1)
             last, made = now, self._made
-            status = Status(
-                worker=self.worker,
-                type=self.type,
-                model=self.model,
-                ready=self._probe.ready,
-                running=self.running,
-                waiting=self.waiting,
-                tokens_per_s=round(rate, 1),
-                progress_at=self.progress_at,
-                metrics_port=self._probe.port,
-                backlog=self.backlog,
-                lag_s=round(self.lag_s, 3),
-            )
-            try:
-                self._link.broadcast(topology.STATUS, encode(status))
-            except BrokerUnavailable:
-                continue  # it comes back by itself
+            self.say()
+
+    def say(self, *, leaving: bool = False) -> None:
+        """Once, now; `leaving` when this worker ends as it was asked to."""
+        status = Status(
+            worker=self.worker,
+            type=self.type,
+            model=self.model,
+            ready=self._probe.ready,
+            running=self.running,
+            waiting=self.waiting,
+            tokens_per_s=self._tokens_per_s,
+            progress_at=self.progress_at,
+            metrics_port=self._probe.port,
+            backlog=self.backlog,
+            lag_s=round(self.lag_s, 3),
+            problem=self.problem,
+            leaving=leaving,
+        )
+        # A broker that is away comes back by itself.
+        with contextlib.suppress(BrokerUnavailable):
+            self._link.broadcast(topology.STATUS, encode(status))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +115,10 @@ class _Run:
     job: Job
     delivery: Delivery
     task: asyncio.Task[None] | None = None
-    begun: bool = False
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        if self.begun and self.task is not None:
-            # A task cancelled before its first step would never settle its delivery.
-            self.task.cancel()
+    reply: Reply | None = None
+    handling: bool = False
+    stopped: ServiceError | None = None
+    """Why it is ended early: what it has made is recorded then as cancelled."""
 
 
 class Worker(ABC):
@@ -113,13 +133,17 @@ class Worker(ABC):
         self._runs: dict[str, _Run] = {}
         self._cancelled_early: dict[str, float] = {}
         self._consumers: list[str] = []
+        self._halting: set[asyncio.Task[None]] = set()
+        self._listening_since = 0.0
         self._died = asyncio.Event()
         self._slots = 1
+        self._draining = False
+        self._asides: set[asyncio.Task[None]] = set()
         self._publisher = AmqpLink(
             settings.amqp_url, f"{self.type} {model} publish", self._setup_publisher, on_return=self._abandon
         )
         self._consumer = AmqpLink(settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer)
-        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._runs) > 1)
+        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._runs) > 1, self._give_up)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
 
     @abstractmethod
@@ -130,6 +154,10 @@ class Worker(ABC):
     async def handle(self, job: Job, reply: Reply) -> Answer:
         """Answer the job; what comes before the last frame goes through `reply`. Raises ServiceError."""
 
+    async def halt(self, job: Job) -> bool:
+        """Have `handle` return soon with what it has made so far; False where that cannot be, and it is cancelled."""
+        return False
+
     @abstractmethod
     async def stop(self) -> None:
         """Free the model."""
@@ -137,6 +165,14 @@ class Worker(ABC):
     def alive(self) -> bool:
         """Whether the model still works; asked once a second."""
         return True
+
+    def hung_s(self) -> float:
+        """For how long the model has owed an answer while it did nothing; asked once a second."""
+        return 0.0
+
+    def kill(self) -> None:
+        """End a model that hangs, so that it is `alive` no more. Only where `hung_s` tells of one."""
+        raise NotImplementedError
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status."""
@@ -160,6 +196,7 @@ class Worker(ABC):
 
     async def _serve(self, stopping: asyncio.Event) -> int:
         beating = asyncio.create_task(self.beacon.run())
+        feeling = asyncio.create_task(self._feel_for_servers())
         stopped = asyncio.create_task(stopping.wait())
         died = asyncio.create_task(self._died.wait())
         self.probe.ready = True
@@ -167,20 +204,33 @@ class Worker(ABC):
         try:
             while not (stopped.done() or died.done()):
                 await asyncio.wait({stopped, died}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
-                if not self.alive():
-                    self._died.set()
+                self._look_after()
             if self._died.is_set():
                 logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
                 return 1  # unacked jobs go back to their queue
             await self._drain()
+            self.beacon.say(leaving=True)
             return 0
         finally:
-            for task in (beating, stopped, died):
+            for task in (beating, feeling, stopped, died):
                 task.cancel()
+
+    def _look_after(self) -> None:
+        """A model that hangs is told of, then ended; one that has ended ends this worker."""
+        if not self.alive():
+            self._died.set()
+            return
+        hung_s = self.hung_s()
+        self.probe.ready = hung_s < TOLD_HUNG_S
+        self.beacon.problem = "" if self.probe.ready else f"its engine has not answered for {hung_s:.0f} s"
+        if hung_s >= ENDED_HUNG_S:
+            logger.critical("engine hangs", extra={"action": "engine_hangs", "model": self.model})
+            self.kill()
 
     async def _drain(self) -> None:
         logger.info("draining", extra={"action": "drain", "running": len(self._runs)})
-        self.probe.ready = False
+        self.probe.ready, self._draining = False, True
+        self.beacon.say()
         for tag in self._consumers:
             await self._consumer.cancel_consumer(tag)
         tasks = [run.task for run in self._runs.values() if run.task is not None]
@@ -195,25 +245,29 @@ class Worker(ABC):
         await link.declare_queue(topology.HISTORY)
 
     async def _setup_consumer(self, link: AmqpLink) -> None:
-        await link.declare_queue(topology.DEAD)
         await link.declare_jobs(self.model, self.settings.queue_max_jobs)
         await link.declare_fanout(topology.CONTROL)
         mine = f"control.{uuid.uuid4().hex[:12]}"
         await link.declare_queue(mine, exclusive=True)
         await link.bind(mine, topology.CONTROL)
+        self._listening_since = time.time()
         await link.consume(mine, self._on_control)
+        if self._draining:
+            return  # what this connection came back for is to finish what is in hand
         # Batch work has slots of its own, a quarter as many, so that neither lane waits for the other.
         interactive = topology.jobs_queue(self.model, "interactive")
         batch = topology.jobs_queue(self.model, "batch")
         self._consumers = [
             await link.consume(interactive, partial(self._on_job, "interactive"), self._slots),
             await link.consume(batch, partial(self._on_job, "batch"), max(1, self._slots // 4)),
+            # One at a time: if it ends this worker, no other suspect counts a delivery.
+            await link.consume(topology.suspects_queue(self.model), partial(self._on_job, None), 1),
         ]
 
     def _on_control(self, delivery: Delivery) -> None:
         request_id = decode(Cancel, delivery.body).request_id
         if run := self._runs.get(request_id):
-            run.cancel()
+            self._end(run, Cancelled("The request was cancelled."))
             return
         # Its job may still wait in the queue; remember it for as long as a job can.
         now = time.monotonic()
@@ -227,11 +281,44 @@ class Worker(ABC):
         """The server that waited is gone: stop what was made for it."""
         for run in self._runs.values():
             if run.job.reply_to == reply_to:
-                run.cancel()
+                self._end(run, Cancelled("The server that waited is gone."))
 
-    def _on_job(self, lane: Lane, delivery: Delivery) -> None:
+    async def _feel_for_servers(self) -> None:
+        """A frame comes back from a server that is gone; while an answer is made that is not streamed there is none."""
+        while True:
+            await asyncio.sleep(FEEL_S)
+            for reply_to in {run.job.reply_to for run in self._runs.values()}:
+                with contextlib.suppress(BrokerUnavailable):
+                    self._publisher.send(reply_to, encode_frames([]))
+
+    def _end(self, run: _Run, why: ServiceError) -> None:
+        """Stop a job that is in hand, for good: it is not tried again."""
+        if run.stopped is not None:
+            return
+        run.stopped = why
+        if run.reply is not None:
+            run.reply.muted = True
+        if run.handling:  # otherwise it is noticed before the work begins, or too late to matter
+            halting = asyncio.create_task(self._halt(run))
+            self._halting.add(halting)
+            halting.add_done_callback(self._halting.discard)
+
+    async def _halt(self, run: _Run) -> None:
+        assert run.task is not None
+        if await self.halt(run.job):
+            await asyncio.wait({run.task}, timeout=HALT_S)
+        if run.handling:
+            run.task.cancel()
+
+    def _give_up(self, request_id: str) -> None:
+        """No more can be held of its answer."""
+        if run := self._runs.get(request_id):
+            self._end(run, Cancelled("No more of the answer can be held for the broker."))
+
+    def _on_job(self, lane: Lane | None, delivery: Delivery) -> None:
+        """Take a job from a lane's queue, or (None) from the suspects', who remember their lane."""
         try:
-            job = replace(decode(Job, delivery.body), lane=lane)
+            job = decode(Job, delivery.body)
         except msgspec.DecodeError:
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)
@@ -247,21 +334,37 @@ class Worker(ABC):
             else:
                 run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
-        cancelled = self._cancelled_early.pop(job.id, None) is not None
-        run = self._runs[job.id] = _Run(job, delivery, cancelled=cancelled)
+        if lane is not None:
+            job = replace(job, lane=lane)
+            if delivery.attempt > topology.TRIES_TOGETHER:
+                aside = asyncio.create_task(self._set_aside(job, delivery))
+                self._asides.add(aside)  # or it may be collected before its end
+                aside.add_done_callback(self._asides.discard)
+                return
+        run = self._runs[job.id] = _Run(job, delivery)
+        if self._cancelled_early.pop(job.id, None) is not None:
+            self._end(run, Cancelled("The request was cancelled."))
         run.task = asyncio.create_task(self._run(run))
         self._count()
 
+    async def _set_aside(self, job: Job, delivery: Delivery) -> None:
+        """Move a job whose workers were lost to the suspects."""
+        logger.warning("suspected", extra={"action": "suspect", "request_id": job.id, "attempt": delivery.attempt})
+        try:
+            await self._publisher.publish(topology.suspects_queue(self.model), encode(job), message_id=job.id)
+        except ServiceError:
+            self._give_back(delivery)
+        else:
+            self._consumer.ack(delivery)
+
     async def _run(self, run: _Run) -> None:
-        run.begun = True
         outcome = "failed"
         settle: Callable[[Delivery], None] | None = self._consumer.ack
         try:
             outcome = await self._answer(run)
         except asyncio.CancelledError:
             outcome = "cancelled"
-            if not run.cancelled:
-                settle = self._give_back  # draining ran out of time: another worker's turn
+            settle = self._give_back  # draining ran out of time: another worker's turn
         except EngineDied:
             self._died.set()
             settle = None  # neither acked nor given back: the broker takes it back when this process ends
@@ -274,20 +377,27 @@ class Worker(ABC):
 
     async def _answer(self, run: _Run) -> str:
         """Do the job and tell its end; returns the outcome's name. Raises CancelledError or EngineDied."""
-        if run.cancelled:
-            return "cancelled"
         job = run.job
         reply = Reply(self._outbox, job.reply_to, job.id)
         if time.time() >= job.deadline:
             reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
             return "expired"
-        reply.send("started")
+        if run.stopped is None:
+            reply.send("started")
+            await self._hear_whether_wanted(job)
+        if run.stopped is not None:
+            reply.fail(run.stopped)
+            return "cancelled"
+        run.reply, run.handling = reply, True
+        late = DeadlineExceeded("The request was not answered before its deadline.")
+        left_s = min(job.deadline - time.time(), self.settings.request_timeout_s)
+        deadline = asyncio.get_running_loop().call_later(left_s, self._end, run, late)
+        answer: Answer | None = None
         try:
-            async with asyncio.timeout(min(job.deadline - time.time(), self.settings.request_timeout_s)):
-                answer = await self.handle(job, reply)
-        except TimeoutError:
-            reply.fail(DeadlineExceeded("The request was not answered before its deadline."))
-            return "expired"
+            answer = await self.handle(job, reply)
+        except asyncio.CancelledError:
+            if run.stopped is None:
+                raise
         except EngineDied:
             raise
         except ServiceError as exc:
@@ -297,12 +407,34 @@ class Worker(ABC):
             logger.exception("job failed", extra={"action": "job", "request_id": job.id, "model": self.model})
             reply.fail(EngineFailed("The engine failed on this request."))
             return "failed"
-        recorded = self._record(answer.record) if job.recorded else None
+        finally:
+            run.handling = False
+            deadline.cancel()
+        recorded = None
+        if answer is not None and job.recorded:
+            whole = run.stopped is None
+            recorded = self._record(answer.record if whole else replace(answer.record, finish_reason="cancelled"))
         # The record left before the last frame does: whoever has the whole answer has it in history too.
-        reply.send(answer.kind, answer.data)
+        if run.stopped is not None:
+            reply.fail(run.stopped)
+        elif answer is not None:
+            reply.send(answer.kind, answer.data)
         if recorded is not None:
             await recorded
-        return "done"
+        return "done" if run.stopped is None else "expired" if run.stopped is late else "cancelled"
+
+    async def _hear_whether_wanted(self, job: Job) -> None:
+        """Let those who wait for a job that has waited long say, before the work, that they do not any more."""
+        if time.time() - job.created_at < WAITED_S:
+            return  # its cancel would have come by now, or comes while it runs
+        self._outbox.flush()
+        try:
+            await self._publisher.settle(job.reply_to, encode_frames([]))
+        except ServiceError:
+            return  # the connection is down: nobody can be asked
+        if job.created_at < self._listening_since:
+            # Its cancel may have been told before this worker listened; its server tells it again.
+            await asyncio.sleep(HEAR_S)
 
     def _record(self, record: Record) -> Awaitable[None]:
         """Send the record to history now; what is returned ends when the broker has it, however long that takes."""

@@ -10,7 +10,9 @@
     ├── MethodNotAllowed        405
     ├── ClientTooSlow           408  the client did not send its request, or read its answer, in time
     ├── PayloadTooLarge         413
+    ├── Unprocessable           422  an Idempotency-Key that stands for another request
     ├── HeadersTooLarge         431
+    ├── Cancelled               499  DELETE /v1/requests/{id}; nginx's status, and gRPC's for what its caller cancelled
     ├── TooManyRequests         429  retry_after_s says when
     │   ├── RateLimited              past the key's requests per minute
     │   └── QueueFull                the broker refused the job: the model's queue is full
@@ -35,18 +37,20 @@ class ServiceError(Exception):
 
     `message` is for the caller; `param` names the offending field as a dotted path, if there is one. `code` is
     OpenAI's word for it, empty where that has none. `may_have_run` says that the work may have been done, so
-    that a client that asks again on its own may pay twice.
+    that a client that asks again on its own may pay twice. `retry_after_s` has a default where asking again helps.
     """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = ""
     may_have_run: ClassVar[bool] = False
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(ServiceError):
@@ -90,6 +94,17 @@ class HeadersTooLarge(ServiceError):
     status = 431
 
 
+class Unprocessable(ServiceError):
+    status = 422
+
+
+class Cancelled(ServiceError):
+    """Not 409, which the dialects' SDKs would try again."""
+
+    status = 499
+    code = "cancelled"
+
+
 class TooManyRequests(ServiceError):
     status = 429
 
@@ -113,6 +128,7 @@ class RecordRefused(ServiceError):
 
 class Unavailable(ServiceError):
     status = 503
+    retry_after_s = 2
 
 
 class BrokerUnavailable(Unavailable):
@@ -146,6 +162,7 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
         MethodNotAllowed,
         ClientTooSlow,
         PayloadTooLarge,
+        Cancelled,
         TooManyRequests,
         EngineFailed,
         Unavailable,

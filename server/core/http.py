@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,6 +87,12 @@ class Shared:
     bounds: Bounds
     refusal: Refusal = _plain
     idle: Idle = field(default_factory=Idle)
+
+
+LINGER_S = 1.0
+"""Nobody came for this long: whoever asks for readiness as often has heard, and keeps away."""
+LINGER_MAX_S = 5.0
+"""Who still comes after this long does not ask."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -212,8 +219,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch_writing()
 
     def _not_taken(self) -> int:
-        """Bytes that wait here and, as soon as some do, in the system's buffer, which may be megabytes: of a slow reader
-        that one alone moves for long. 0 if none wait here."""
+        """Bytes that wait here and, as soon as some do, in the system's buffer; 0 if none wait here.
+
+        That buffer may have megabytes: of a slow reader it alone moves for long.
+        """
         waiting: int = self.transport.get_write_buffer_size()
         if not waiting:
             return 0
@@ -257,6 +266,24 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(drain_timeout_s),
         )
         super().__init__(config)
+
+    async def drain(self, timeout_s: float, *, shared: bool) -> None:
+        """Let clients and balancers notice that this server leaves, then finish what runs and stop.
+
+        A client may send on a connection at the moment that it is closed, and would see it reset. So none is closed
+        while requests still come; each answer says `Connection: close` meanwhile, and readiness that it is over. Where
+        the listening socket is `shared` new connections wait in it for another process, else they are still taken.
+        """
+        began = time.monotonic()
+        if shared:
+            for server in self.servers:
+                server.close()
+        longest_s, seen = min(LINGER_MAX_S, timeout_s / 2), -1
+        while seen != self.server_state.total_requests and time.monotonic() - began < longest_s:
+            seen = self.server_state.total_requests
+            await asyncio.sleep(min(LINGER_S, longest_s))
+        self.config.timeout_graceful_shutdown = math.ceil(timeout_s - (time.monotonic() - began))
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

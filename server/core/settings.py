@@ -49,7 +49,9 @@ class Settings(BaseSettings):
     )
     api_key_file: str = Field("", description="A file that holds `API_KEY`; its keys may stand on lines of their own")
     rate_limit_per_minute: int = Field(50, ge=0, description="Requests a key may make each minute; 0: no limit")
-    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request body; past it 413")
+    max_body_bytes: int = Field(
+        4 * 2**20, ge=1024, le=8 * 2**20, description="Largest request body, 8388608 at the most; past it 413"
+    )
     max_connections: int = Field(
         1024,
         ge=8,
@@ -85,6 +87,15 @@ class Settings(BaseSettings):
     queue_max_jobs: int = Field(512, ge=1, description="Jobs that may wait for a model; past it 429")
     request_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="Longest a request may take, its wait included"
+    )
+    resume_grace_s: float = Field(
+        60,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long a request with an `Idempotency-Key` goes on after its client left",
+    )
+    idempotency_ttl_s: float = Field(
+        86400, gt=0, allow_inf_nan=False, description="How long its answer is kept for the same key"
     )
     drain_timeout_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="What running requests get to finish on SIGTERM"

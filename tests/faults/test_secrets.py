@@ -110,6 +110,27 @@ async def test_another_keys_ids_look_exactly_like_unknown_ones(guarded: Guarded,
         assert len(await kept()) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/requests/{}"), ("DELETE", "/v1/requests/{}"), ("GET", "/v1/requests/{}/events")],
+)
+async def test_another_keys_request_looks_exactly_like_an_unknown_one(guarded: Guarded, method: str, path: str) -> None:
+    parts = guarded.parts
+    async with parts.client(guarded.url, guarded.key) as ada, parts.client(guarded.url, guarded.other_key) as eve:
+        # Given a request of one key, and an id that nobody has
+        asked = await ada.post("/chat", json=say("hi"), headers={"Idempotency-Key": uuid.uuid4().hex})
+        mine, unknown = asked.headers["x-request-id"], uuid.uuid4().hex
+        # When another asks for either
+        foreign, nobodys = [await eve.request(method, path.format(id_)) for id_ in (mine, unknown)]
+        # Then nothing but the id that was asked for tells the answers apart
+        assert foreign.status_code == nobodys.status_code == 404
+        assert foreign.text.replace(mine, "ID") == nobodys.text.replace(unknown, "ID")
+        assert set(foreign.headers) == set(nobodys.headers)
+        # And what cannot be an id is no different
+        for odd in ("%00", "..%2fx", "x" * 200, "%F0%9F%98%80", "1'--"):
+            assert (await eve.request(method, path.format(odd))).status_code in (404, 405)
+
+
 async def test_every_answer_is_hardened_and_named(guarded: Guarded) -> None:
     parts = guarded.parts
     names = set()

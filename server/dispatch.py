@@ -87,6 +87,7 @@ class Dispatcher:
             [model.id for model in registry.models],
             settings.queue_max_jobs,
             also_consume=self._consume,
+            max_unread_bytes=settings.stream_buffer_bytes,
         )
         self.peers.inbox = self.inbox
         # Its own connection: asking for a queue that is gone closes the channel it is asked on.

@@ -323,8 +323,16 @@ class Worker(ABC):
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)
             return
+        if job.model != self.model:
+            logger.error("job of another model", extra={"action": "decode"})
+            self._consumer.reject(delivery, requeue=False)
+            return
         if run := self._runs.get(job.id):
-            run.delivery = delivery  # delivered again after a reconnection, while it still runs
+            if run.delivery.channel is delivery.channel:
+                logger.error("second job of one id", extra={"action": "decode", "request_id": job.id})
+                self._consumer.reject(delivery, requeue=False)
+            else:
+                run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
         if lane is not None:
             job = replace(job, lane=lane)
@@ -382,7 +390,8 @@ class Worker(ABC):
             return "cancelled"
         run.reply, run.handling = reply, True
         late = DeadlineExceeded("The request was not answered before its deadline.")
-        deadline = asyncio.get_running_loop().call_later(job.deadline - time.time(), self._end, run, late)
+        left_s = min(job.deadline - time.time(), self.settings.request_timeout_s)
+        deadline = asyncio.get_running_loop().call_later(left_s, self._end, run, late)
         answer: Answer | None = None
         try:
             answer = await self.handle(job, reply)

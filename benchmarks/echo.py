@@ -19,21 +19,24 @@ from workers.base import Answer, Worker
 from workers.replies import Reply
 
 SLOTS = 256
+"""Jobs at once, unless told otherwise."""
 WORD = "abc"
 """Three letters: as much as LiteLLM's mock puts into one chunk."""
 
 
 class EchoWorker(Worker):
-    """Answers with `words` words; a stream has one a chunk."""
+    """Answers with `words` words, each after `pause_s`; a stream has one a chunk."""
 
     type: WorkerType = "chat"
 
-    def __init__(self, settings: Settings, model: str, words: int) -> None:
+    def __init__(self, settings: Settings, model: str, words: int, pause_s: float = 0.0, slots: int = SLOTS) -> None:
         super().__init__(settings, model)
         self._words = words
+        self._pause_s = pause_s
+        self._job_slots = slots
 
     async def start(self) -> int:
-        return SLOTS
+        return self._job_slots
 
     async def stop(self) -> None:
         """There is nothing to free."""
@@ -52,12 +55,13 @@ class EchoWorker(Worker):
             prompt_tokens=1,
             completion_tokens=self._words,
             created_at=job.created_at,
-            finished_at=now,
+            finished_at=now + self._words * self._pause_s,
             session_id=job.session_id,
             messages=[*job.body["messages"], {"role": "assistant", "content": text}],
             finish_reason="stop",
         )
         if not job.body.get("stream"):
+            await asyncio.sleep(self._words * self._pause_s)
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             whole = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
             return Answer("result", msgspec.json.encode(whole), record)
@@ -65,7 +69,7 @@ class EchoWorker(Worker):
         reply.send("chunk", _chunk(head, {"role": "assistant", "content": ""}))
         for _ in range(self._words):
             reply.send("chunk", _chunk(head, {"content": WORD}))
-            await asyncio.sleep(0)  # as an engine gives every stream its turn
+            await asyncio.sleep(self._pause_s)  # also without one, as an engine gives every stream its turn
         reply.send("chunk", _chunk(head, {}, "stop"))
         reply.send("usage", msgspec.json.encode({**head, "choices": [], "usage": usage}))
         return Answer("done", b"", record)
@@ -80,10 +84,12 @@ def main() -> int:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--model", default="echo", metavar="ID", help="an id of the server's models.yaml (echo)")
     top.add_argument("--words", type=int, default=32, metavar="N", help="words of every answer (32)")
+    top.add_argument("--pause", type=float, default=0.0, metavar="SECONDS", help="what each word takes (0)")
+    top.add_argument("--slots", type=int, default=SLOTS, metavar="N", help=f"requests answered at once ({SLOTS})")
     args = top.parse_args()
     settings = load_settings()
     json_logging.configure(settings.log_level, "echo")
-    return asyncio.run(EchoWorker(settings, args.model, args.words).run())
+    return asyncio.run(EchoWorker(settings, args.model, args.words, args.pause, args.slots).run())
 
 
 if __name__ == "__main__":

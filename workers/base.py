@@ -11,7 +11,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
@@ -25,10 +25,16 @@ from server.core.signals import stop_event
 from workers.probe import Probe
 from workers.replies import Reply, ReplyOutbox
 from workers.serving import EngineDied
+from workers.turns import Expectation, Turns
 
 logger = logging.getLogger(__name__)
 
 RECORD_RETRY_S = 1.0
+
+LOOKAHEAD = 1024
+"""Jobs of a lane that a worker takes besides those it runs, to choose the next from by turns. What is not taken waits in
+the order it came, out of turn; servers let few jobs of a key come at once (server/admission.py), so that this holds all.
+"""
 
 
 class Beacon:
@@ -39,7 +45,8 @@ class Beacon:
         self._probe = probe
         self.worker = f"{type_}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self.type, self.model = type_, model
-        self.running = self.waiting = self.backlog = 0
+        self.running = self.waiting = self.backlog = self.slots = 0
+        self.job_s = 0.0
         self.lag_s = 0.0
         self.progress_at = 0.0
         self._made = 0
@@ -48,6 +55,10 @@ class Beacon:
         """Count tokens, vectors or rows made."""
         self._made += made
         self.progress_at = time.time()
+
+    def took(self, seconds: float) -> None:
+        """A job has run for so long, well or badly."""
+        self.job_s += (seconds - self.job_s) / 16 if self.job_s else seconds
 
     async def run(self) -> None:
         last, made = time.monotonic(), 0
@@ -68,6 +79,8 @@ class Beacon:
                 metrics_port=self._probe.port,
                 backlog=self.backlog,
                 lag_s=round(self.lag_s, 3),
+                slots=self.slots,
+                job_s=round(self.job_s, 3),
             )
             try:
                 self._link.broadcast(topology.STATUS, encode(status))
@@ -86,10 +99,13 @@ class Answer:
 
 @dataclass(slots=True)
 class _Run:
-    """A job in hand. `delivery` is the latest one: after a reconnection the broker delivers it again."""
+    """A job in hand, waiting for its turn until it has a task. `delivery` is the latest one: after a reconnection the
+    broker delivers it again. `expected` and `used` are tokens."""
 
     job: Job
     delivery: Delivery
+    expected: int = 0
+    used: int = 0
     task: asyncio.Task[None] | None = None
     begun: bool = False
     cancelled: bool = False
@@ -99,6 +115,15 @@ class _Run:
         if self.begun and self.task is not None:
             # A task cancelled before its first step would never settle its delivery.
             self.task.cancel()
+
+
+@dataclass(slots=True)
+class _Slots:
+    """What a lane may run at once, and what waits for it."""
+
+    count: int
+    busy: int = 0
+    turns: Turns[_Run] = field(default_factory=Turns)
 
 
 class Worker(ABC):
@@ -114,12 +139,15 @@ class Worker(ABC):
         self._cancelled_early: dict[str, float] = {}
         self._consumers: list[str] = []
         self._died = asyncio.Event()
-        self._slots = 1
+        self._slots: dict[Lane, _Slots] = {"interactive": _Slots(1), "batch": _Slots(1)}
+        self._expectation = Expectation()
         self._publisher = AmqpLink(
             settings.amqp_url, f"{self.type} {model} publish", self._setup_publisher, on_return=self._abandon
         )
-        self._consumer = AmqpLink(settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer)
-        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._runs) > 1)
+        self._consumer = AmqpLink(
+            settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer, on_lost=self._drop_waiting
+        )
+        self._outbox = ReplyOutbox(self._publisher, lambda: self.beacon.running > 1)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
 
     @abstractmethod
@@ -145,7 +173,10 @@ class Worker(ABC):
         signal.signal(signal.SIGTERM, _exit_at_once)
         await self.probe.start()
         try:
-            self._slots = await self.start()
+            slots = await self.start()
+            # Batch work has slots of its own, a quarter as many, so that neither lane waits for the other.
+            self._slots = {"interactive": _Slots(slots), "batch": _Slots(max(1, slots // 4))}
+            self.beacon.slots = slots
             stopping = stop_event()
             await self._publisher.start()
             await self._consumer.start()
@@ -171,6 +202,7 @@ class Worker(ABC):
                     self._died.set()
             if self._died.is_set():
                 logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
+                await self._pass_on_waiting()
                 return 1  # unacked jobs go back to their queue
             await self._drain()
             return 0
@@ -183,6 +215,7 @@ class Worker(ABC):
         self.probe.ready = False
         for tag in self._consumers:
             await self._consumer.cancel_consumer(tag)
+        await self._pass_on_waiting()
         tasks = [run.task for run in self._runs.values() if run.task is not None]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self.settings.drain_timeout_s)
@@ -202,18 +235,20 @@ class Worker(ABC):
         await link.declare_queue(mine, exclusive=True)
         await link.bind(mine, topology.CONTROL)
         await link.consume(mine, self._on_control)
-        # Batch work has slots of its own, a quarter as many, so that neither lane waits for the other.
-        interactive = topology.jobs_queue(self.model, "interactive")
-        batch = topology.jobs_queue(self.model, "batch")
-        self._consumers = [
-            await link.consume(interactive, partial(self._on_job, "interactive"), self._slots),
-            await link.consume(batch, partial(self._on_job, "batch"), max(1, self._slots // 4)),
-        ]
+        self._consumers = []
+        for lane, slots in self._slots.items():
+            queue, take = topology.jobs_queue(self.model, lane), partial(self._on_job, lane)
+            # Consumers of a higher priority are served first: a job goes to wait at a worker only once none has room.
+            self._consumers += [
+                await link.consume(queue, take, slots.count, priority=1),
+                await link.consume(queue, take, LOOKAHEAD),
+            ]
 
     def _on_control(self, delivery: Delivery) -> None:
         request_id = decode(Cancel, delivery.body).request_id
         if run := self._runs.get(request_id):
             run.cancel()
+            self._let_go(run)
             return
         # Its job may still wait in the queue; remember it for as long as a job can.
         now = time.monotonic()
@@ -225,9 +260,10 @@ class Worker(ABC):
 
     def _abandon(self, reply_to: str) -> None:
         """The server that waited is gone: stop what was made for it."""
-        for run in self._runs.values():
+        for run in list(self._runs.values()):
             if run.job.reply_to == reply_to:
                 run.cancel()
+                self._let_go(run)
 
     def _on_job(self, lane: Lane, delivery: Delivery) -> None:
         try:
@@ -240,12 +276,61 @@ class Worker(ABC):
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
         cancelled = self._cancelled_early.pop(job.id, None) is not None
-        run = self._runs[job.id] = _Run(job, delivery, cancelled=cancelled)
-        run.task = asyncio.create_task(self._run(run))
+        expected = self._expectation.tokens(job.api, job.body, len(delivery.body))
+        run = self._runs[job.id] = _Run(job, delivery, expected, cancelled=cancelled)
+        if cancelled:
+            self._start_for_nothing(run)
+        else:
+            self._slots[lane].turns.add(job.key_id, run, expected, job.weight)
+            self._start_next(lane)
+
+    def _start_next(self, lane: Lane) -> None:
+        slots = self._slots[lane]
+        while slots.busy < slots.count and len(slots.turns):
+            self._start(slots.turns.pop())
         self._count()
+
+    def _start(self, run: _Run) -> None:
+        self._slots[run.job.lane].busy += 1
+        run.task = asyncio.create_task(self._run(run))
+
+    def _let_go(self, run: _Run) -> None:
+        """A job that was cancelled while it waited: it is done with at once, without its turn."""
+        if self._slots[run.job.lane].turns.remove(run.job.key_id, run):
+            self._start_for_nothing(run)
+
+    def _start_for_nothing(self, run: _Run) -> None:
+        run.expected = 0  # its key was charged for no turn
+        self._start(run)
+
+    def _waiting(self) -> list[tuple[Lane, _Run]]:
+        """Those that wait, taken from their turns: they will not be started here."""
+        waiting = [(lane, run) for lane, slots in self._slots.items() for run in slots.turns.clear()]
+        for _, run in waiting:
+            del self._runs[run.job.id]
+        self._count()
+        return waiting
+
+    def _drop_waiting(self) -> None:
+        """The connection is lost: the broker has given them to somebody, or gives them to this worker again."""
+        self._waiting()
+
+    async def _pass_on_waiting(self) -> None:
+        await asyncio.gather(*(self._pass_on(lane, run) for lane, run in self._waiting()))
+
+    async def _pass_on(self, lane: Lane, run: _Run) -> None:
+        """To another worker. As a new message: a rejected one would count as a try, and this was none."""
+        try:
+            queue = topology.jobs_queue(self.model, lane)
+            await self._publisher.publish(queue, run.delivery.body, message_id=run.job.id)
+        except ServiceError:
+            self._give_back(run.delivery)
+        else:
+            self._consumer.ack(run.delivery)
 
     async def _run(self, run: _Run) -> None:
         run.begun = True
+        started = time.monotonic()
         outcome = "failed"
         settle: Callable[[Delivery], None] | None = self._consumer.ack
         try:
@@ -259,7 +344,13 @@ class Worker(ABC):
             settle = None  # neither acked nor given back: the broker takes it back when this process ends
         finally:
             del self._runs[run.job.id]
-            self._count()
+            if run.used:
+                self.beacon.took(time.monotonic() - started)
+            slots = self._slots[run.job.lane]
+            slots.busy -= 1
+            slots.turns.charge(run.job.key_id, run.used - run.expected)
+            if not self._died.is_set():
+                self._start_next(run.job.lane)
             metrics.jobs.labels(self.model, outcome).inc()
             if settle is not None:
                 settle(run.delivery)
@@ -274,6 +365,7 @@ class Worker(ABC):
             reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
             return "expired"
         reply.send("started")
+        run.used = run.expected
         try:
             async with asyncio.timeout(job.deadline - time.time()):
                 answer = await self.handle(job, reply)
@@ -289,6 +381,9 @@ class Worker(ABC):
             logger.exception("job failed", extra={"action": "job", "request_id": job.id, "model": self.model})
             reply.fail(EngineFailed("The engine failed on this request."))
             return "failed"
+        run.used = answer.record.prompt_tokens + answer.record.completion_tokens
+        if answer.record.completion_tokens:
+            self._expectation.learn(answer.record.completion_tokens)
         recorded = self._record(answer.record) if job.recorded else None
         # The record left before the last frame does: whoever has the whole answer has it in history too.
         reply.send(answer.kind, answer.data)
@@ -323,9 +418,9 @@ class Worker(ABC):
         self._consumer.reject(delivery, requeue=True)
 
     def _count(self) -> None:
-        self.beacon.running = len(self._runs)
-        self.beacon.waiting = max(0, len(self._runs) - self._slots)
-        metrics.jobs_running.labels(self.model).set(len(self._runs))
+        self.beacon.waiting = sum(len(slots.turns) for slots in self._slots.values())
+        self.beacon.running = sum(slots.busy for slots in self._slots.values())
+        metrics.jobs_running.labels(self.model).set(self.beacon.running)
 
 
 def _exit_at_once(_number: int, _frame: object) -> None:

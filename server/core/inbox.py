@@ -32,7 +32,7 @@ class Waiter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.started = False
+        self.sent = self.started = False
         self._run = ""
         self._seq = 0
         self._told = False
@@ -99,7 +99,8 @@ def _cut_short() -> AnswerLost:
 
 
 class Inbox:
-    """One process's reply queue. `waiting` holds the requests that are not over, by id.
+    """One process's reply queue. `waiting` holds the requests that are not over, by id; `on_begun` hears of each that a
+    worker has begun.
 
     `also_consume` sets up what else the process reads on the same connection.
     """
@@ -113,6 +114,7 @@ class Inbox:
         also_consume: Callable[[AmqpLink], Awaitable[None]] | None = None,
     ) -> None:
         self.queue = ""
+        self.on_begun: Callable[[str], None] = lambda request_id: None
         self._name = name
         self.waiting: dict[str, Waiter] = {}
         self._models = models
@@ -132,19 +134,30 @@ class Inbox:
 
         Whoever submits calls `release` at the end, whatever the end is.
         """
-        if not self.consumer.connected:
-            raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
-        waiter = self.waiting[job.id] = Waiter(job)
+        waiter = self.expect(job)
         try:
-            async with asyncio.timeout(job.deadline - time.time()):
-                await self.publisher.publish(topology.jobs_queue(job.model, lane), encode(job), message_id=job.id)
-        except TimeoutError as exc:
-            self.release(job.id)
-            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
+            await self.send(waiter, lane)
         except BaseException:
             self.release(job.id)
             raise
         return waiter
+
+    def expect(self, job: Job) -> Waiter:
+        """Wait for the answer to a job that is sent later. Raises BrokerUnavailable."""
+        if not self.consumer.connected:
+            raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
+        waiter = self.waiting[job.id] = Waiter(job)
+        return waiter
+
+    async def send(self, waiter: Waiter, lane: Lane) -> None:
+        """Queue the job. Raises QueueFull, BrokerUnavailable or DeadlineExceeded."""
+        job = waiter.job
+        waiter.sent = True
+        try:
+            async with asyncio.timeout(job.deadline - time.time()):
+                await self.publisher.publish(topology.jobs_queue(job.model, lane), encode(job), message_id=job.id)
+        except TimeoutError as exc:
+            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
 
     def release(self, request_id: str) -> None:
         if (waiter := self.waiting.pop(request_id, None)) is not None:
@@ -175,7 +188,10 @@ class Inbox:
         for frame in frames:
             waiter = self.waiting.get(frame.request_id)
             if waiter is not None:
+                begun = waiter.started
                 waiter.put(frame)
+                if waiter.started and not begun:
+                    self.on_begun(frame.request_id)
 
     def _fail_all(self) -> None:
         """The reply queue went with the connection: no answer can arrive any more."""

@@ -29,7 +29,7 @@ class Job:
     count_tokens. `context` is put before the last question when it is asked, and is no part of what was said.
     `created_at` and `deadline` are in Unix seconds: a job past its deadline is dropped, never generated.
     `recorded` is false for the service's own work (vectors of chats, queries of `/chat/similar`), which is
-    neither history nor usage. `lane` is that of the queue a worker took it from.
+    neither history nor usage. `lane` is that of the queue a worker took it from. `weight` is the key's share of turns.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Job:
     api: Api = "chat"
     context: str = ""
     lane: Lane = "interactive"
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,8 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Status:
     """A worker's load, sent once a second. `tokens_per_s` covers the second just past;
-    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row."""
+    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. It runs `slots` jobs at once at
+    the most, which have taken `job_s` each of late (0: none has ended)."""
 
     worker: str
     type: WorkerType
@@ -127,6 +129,8 @@ class Status:
     backlog: int = 0
     lag_s: float = 0.0
     sent_at: float = field(default_factory=time.time)
+    slots: int = 0
+    job_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Who waits for a model at this server, who may go to its queue, who is refused, and how long it will take.
 
 A key has few jobs at once on their way to a worker; its others wait here, in order. So the queue in the broker stays
-short enough for a worker to see all of it and to choose by turns (workers/turns.py), whoever floods; and what waits here
-goes to whichever worker has room when its time comes. Knows no broker: it is told what was begun and what is over.
+short enough for a worker to see all of it and to choose by turns (workers/turns.py), whoever floods; and what waits
+here goes to whichever worker has room when its time comes. Knows no broker: it is told what is begun, and what is over.
 """
 
 import math

@@ -19,11 +19,12 @@ from server.db.pool import make_pool, open_pool
 from server.db.store import Store
 from server.dispatch import Dispatcher
 from server.errors import PREFIX, add_error_handlers
+from server.kept import Keeper
 from server.keyed import direct_routes
 from server.keys import CHANNEL, KeyCache
 from server.middleware import Accounting
 from server.rate import RateLimiter
-from server.routes import anthropic, health, history, inference, openai
+from server.routes import anthropic, health, history, inference, openai, requests
 
 VERSION = "0.1.0"
 
@@ -47,7 +48,9 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         await app.state.dispatcher.start()
         await _hear_workers(app.state.dispatcher, registry)
         models = [model.id for model in registry.models]
+        app.state.keeper = Keeper(settings, app.state.store, app.state.dispatcher)
         tasks = [
+            asyncio.create_task(app.state.keeper.forget()),
             asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys)),
             asyncio.create_task(exporter.keep_ages(app.state.dispatcher, models)),
         ]
@@ -57,6 +60,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await app.state.keeper.close()
             await app.state.dispatcher.close()
             await pool.close()
 
@@ -73,7 +77,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         documented = not prefix
         app.include_router(health.router, prefix=prefix, include_in_schema=documented)
         app.include_router(exporter.router, prefix=prefix, include_in_schema=documented)
-        for routes in (inference, history, openai, anthropic):
+        for routes in (inference, history, openai, requests, anthropic):
             app.include_router(routes.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
     app.add_middleware(Accounting, direct=direct_routes(app.routes))
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]

@@ -1,18 +1,32 @@
-"""From a validated request to its frames: admit, queue, match, cancel. Knows no HTTP and no dialect."""
+"""From a validated request to its frames: admit, queue, match, cancel, and say where it stands.
+
+Knows no HTTP and no dialect.
+"""
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from typing import Any
 
-from server.core import topology
+from server.admission import Line, Place
 from server.core.amqp import AmqpLink
-from server.core.errors import BrokerUnavailable, NoWorker
+from server.core.errors import Cancelled, NoWorker, QueueFull, ServiceError
 from server.core.inbox import Inbox, Waiter
-from server.core.messages import Api, Cancel, Frame, Job, encode
+from server.core.messages import Api, ErrorFrame, Frame, Job, RequestState, RequestStatus
 from server.core.registry import ModelSpec, Registry
 from server.core.settings import Settings
 from server.fleet import Fleet
+from server.peers import Peers
+
+ENDED_S = 600.0
+"""How long it is remembered how a request ended that nothing else remembers."""
+MAX_ENDED = 10_000
+"""How many of them; the oldest are forgotten first."""
+
+LOOK_EVERY_S = 1.0
+"""How often workers are looked at: as often as they tell of themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +43,37 @@ class Call:
     recorded: bool = True
     traceparent: str = ""
     context: str = ""
+    weight: int = 1
 
 
 class Ticket:
     """A submitted call. Close it once its client is done or gone: an unfinished job is then cancelled."""
 
-    def __init__(self, inbox: Inbox, waiter: Waiter) -> None:
-        self._inbox = inbox
+    def __init__(self, waiter: Waiter, on_end: Callable[[Waiter, RequestStatus, ServiceError | None], None]) -> None:
         self._waiter = waiter
+        self._on_end = on_end
         self._over = False
         self.request_id = waiter.job.id
         self.api: Api = waiter.job.api
 
     async def next(self) -> Frame:
         """The next chunk, usage, result or done frame. Raises the ServiceError the request ended with."""
-        frame = await self._waiter.next()
-        self._over = frame.kind in ("result", "done")
+        try:
+            frame = await self._waiter.next()
+        except ServiceError as exc:
+            self._end("cancelled" if isinstance(exc, Cancelled) else "failed", exc)
+            raise
+        if frame.kind in ("result", "done"):
+            self._end("completed")
         return frame
 
     def close(self) -> None:
-        self._inbox.release(self.request_id)
+        self._end("cancelled")
+
+    def _end(self, status: RequestStatus, error: ServiceError | None = None) -> None:
         if not self._over:
-            try:
-                self._inbox.publisher.broadcast(topology.CONTROL, encode(Cancel(self.request_id)))
-            except BrokerUnavailable:
-                return  # the reply queue is gone too, and the worker stops by that
+            self._over = True
+            self._on_end(self._waiter, status, error)
 
 
 async def _declare_nothing(_link: AmqpLink) -> None:
@@ -62,23 +82,37 @@ async def _declare_nothing(_link: AmqpLink) -> None:
 
 class Dispatcher:
     def __init__(self, settings: Settings, registry: Registry) -> None:
-        self._timeout_s = settings.request_timeout_s
+        self.timeout_s = settings.request_timeout_s
+        self._ended: OrderedDict[str, RequestState] = OrderedDict()
         self.fleet = Fleet()
+        self._lines = {model.id: Line(settings.queue_max_jobs) for model in registry.models}
+        self._workers: dict[str, set[str]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.peers = Peers(self.state, self.cancel)
         self.inbox = Inbox(
             settings.amqp_url,
             "server",
             [model.id for model in registry.models],
             settings.queue_max_jobs,
-            also_consume=self.fleet.consume,
+            also_consume=self._consume,
         )
+        self.peers.inbox = self.inbox
+        self.inbox.on_begun = lambda request_id: self._let_go(self._line_of(request_id).begun(request_id))
         # Its own connection: asking for a queue that is gone closes the channel it is asked on.
         self.scraper = AmqpLink(settings.amqp_url, "server metrics", _declare_nothing)
+
+    async def _consume(self, link: AmqpLink) -> None:
+        await self.fleet.consume(link)
+        await self.peers.consume(link)
 
     async def start(self) -> None:
         """Raises BrokerUnavailable."""
         await asyncio.gather(self.inbox.start(), self.scraper.start())
+        self._keep(self._watch_workers())
 
     async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(self.inbox.close(), self.scraper.close())
 
     @property
@@ -100,15 +134,120 @@ class Dispatcher:
             key_id=call.key_id,
             reply_to=self.inbox.queue,
             created_at=now,
-            deadline=now + self._timeout_s,
+            deadline=now + self.timeout_s,
             session_id=call.session_id,
             recorded=call.recorded,
             traceparent=call.traceparent,
             api=call.api,
             context=call.context,
+            weight=call.weight,
         )
-        return Ticket(self.inbox, await self.inbox.submit(job, "interactive"))
+        line = self._lines[job.model]
+        waiter = self.inbox.expect(job)
+        try:
+            if line.enter(job):
+                await self._send(waiter)
+        except BaseException:
+            self.inbox.release(job.id)
+            self._let_go(line.left(job.id))
+            raise
+        return Ticket(waiter, self._end)
+
+    async def _send(self, waiter: Waiter) -> None:
+        try:
+            await self.inbox.send(waiter, "interactive")
+        except QueueFull as exc:  # other servers have filled it
+            raise self._lines[waiter.job.model].refusal("The queue of this model is full") from exc
+
+    def _let_go(self, jobs: list[Job]) -> None:
+        """Send jobs that have waited here for their turn."""
+        for job in jobs:
+            if (waiter := self.inbox.waiting.get(job.id)) is not None:
+                self._keep(self._send_late(waiter))
+
+    async def _send_late(self, waiter: Waiter) -> None:
+        try:
+            await self._send(waiter)
+        except ServiceError as exc:
+            waiter.put(exc)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch_workers(self) -> None:
+        """Tell the lines how their workers fare, and let others go for those that a lost worker may have had."""
+        while True:
+            for model, line in self._lines.items():
+                workers = [worker for worker in self.fleet.workers() if worker.model == model]
+                line.hear(workers)
+                names = {worker.worker for worker in workers}
+                if self._workers.get(model, set()) - names:
+                    self._let_go(line.send_anew())
+                self._workers[model] = names
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _line_of(self, request_id: str) -> Line:
+        return self._lines[self.inbox.waiting[request_id].job.model]
+
+    def place(self, request_id: str) -> Place | None:
+        """Where a request of this process stands among those who wait for its model; None if it does not wait."""
+        return self._line_of(request_id).place(request_id) if request_id in self.inbox.waiting else None
+
+    def _end(self, waiter: Waiter, status: RequestStatus, error: ServiceError | None) -> None:
+        """A request is over, for whoever waited for it; what a worker may still do for it stops."""
+        self.inbox.release(waiter.job.id)
+        self._let_go(self._lines[waiter.job.model].left(waiter.job.id))
+        if status != "completed" and waiter.sent:
+            self.inbox.cancel(waiter.job.id)
+        now = time.time()
+        told = ErrorFrame(error.status, error.message, error.param, error.code) if error is not None else None
+        self._ended[waiter.job.id] = replace(self._state(waiter), status=status, finished_at=now, error=told)
+        while self._ended and (
+            len(self._ended) > MAX_ENDED or next(iter(self._ended.values())).finished_at < now - ENDED_S
+        ):
+            self._ended.popitem(last=False)
+
+    def state(self, request_id: str, key_id: int) -> RequestState | None:
+        """Where a request of this key stands; None if this process never had it, or has forgotten it."""
+        for id_ in ids_of(request_id):
+            waiter = self.inbox.waiting.get(id_)
+            state = self._state(waiter) if waiter is not None else self._ended.get(id_)
+            if state is not None and state.key_id == key_id:
+                return replace(state, request_id=request_id)
+        return None
+
+    def cancel(self, request_id: str, key_id: int) -> RequestState | None:
+        """Stop a request of this key, if this process has it. One that runs ends when its worker has said so."""
+        for id_ in ids_of(request_id):
+            waiter = self.inbox.waiting.get(id_)
+            if waiter is not None and waiter.job.key_id == key_id:
+                if waiter.sent:
+                    self.inbox.cancel(id_)
+                if not waiter.started:
+                    waiter.put(Cancelled("The request was cancelled."))  # its turn may be long in coming
+                    return replace(self._state(waiter), request_id=request_id, status="cancelled")
+        return self.state(request_id, key_id)
 
     def queued(self) -> list[tuple[str, float]]:
         """(model, created_at) of each request of this server that no worker has taken yet."""
         return [(w.job.model, w.job.created_at) for w in self.inbox.waiting.values() if not w.started]
+
+    def _state(self, waiter: Waiter) -> RequestState:
+        job = waiter.job
+        status: RequestStatus = "running" if waiter.started else "queued"
+        state = RequestState(job.id, job.key_id, status, job.model, job.endpoint, job.created_at)
+        if (place := self._lines[job.model].place(job.id)) is not None:
+            wait_s = None if place.wait_s is None else round(place.wait_s, 1)
+            state = replace(state, queue_position=place.position, estimated_wait_s=wait_s)
+        return state
+
+
+def ids_of(request_id: str) -> tuple[str, str]:
+    """The ids of a request's jobs, the later first: one that is asked again without past chats has a second."""
+    return (again(request_id), request_id)
+
+
+def again(request_id: str) -> str:
+    return f"{request_id}-again"

@@ -11,7 +11,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from server.core import metrics as core_metrics
 from server.core import topology
 from server.core.errors import BrokerUnavailable
-from server.core.messages import Lane
+from server.core.messages import Lane, Status
 from server.dispatch import Dispatcher
 
 router = APIRouter(tags=["service"])
@@ -45,7 +45,7 @@ class _Once:
 
 async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
     """Depth and consumers, asked of the broker. Nothing, while the broker is not there."""
-    depth = GaugeMetricFamily("qwen3_queue_messages", "Jobs waiting in the broker", labels=["model", "lane"])
+    depth = GaugeMetricFamily("qwen3_queue_messages", "Jobs sent that no worker has begun", labels=["model", "lane"])
     consumers = GaugeMetricFamily("qwen3_queue_consumers", "Workers on a queue", labels=["model", "lane"])
     history = GaugeMetricFamily("qwen3_history_queue_messages", "Finished requests waiting for Postgres")
     dead = GaugeMetricFamily("qwen3_dead_letters", "Messages given up on")
@@ -55,15 +55,20 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
             for model in models:
                 for lane in LANES:
                     ready, count = await link.declare_queue(topology.jobs_queue(model, lane), passive=True)
-                    depth.add_metric([model, lane], ready)
+                    # The broker counts what is ready; what workers hold and have not begun waits as well.
+                    held = sum(_waiting(worker, lane) for worker in dispatcher.fleet.workers() if worker.model == model)
+                    depth.add_metric([model, lane], ready + held)
                     consumers.add_metric([model, lane], count)
-            # The broker counts what is ready; what the archivist holds and has not written waits as well.
             held = sum(worker.backlog for worker in dispatcher.fleet.workers() if worker.type == "archive")
             history.add_metric([], (await link.declare_queue(topology.HISTORY, passive=True))[0] + held)
             dead.add_metric([], (await link.declare_queue(topology.DEAD, passive=True))[0])
     except (BrokerUnavailable, TimeoutError):
         return []
     return [depth, consumers, history, dead]
+
+
+def _waiting(worker: Status, lane: Lane) -> int:
+    return worker.waiting_batch if lane == "batch" else worker.waiting - worker.waiting_batch
 
 
 def _counted() -> bytes:
@@ -84,11 +89,13 @@ async def keep_ages(dispatcher: Dispatcher, models: list[str]) -> None:
 
 def _set_ages(dispatcher: Dispatcher, models: list[str]) -> None:
     now = time.time()
-    oldest = dict.fromkeys(models, now)
+    oldest, waiting = dict.fromkeys(models, now), dict.fromkeys(models, 0)
     for model, created_at in dispatcher.queued():
         oldest[model] = min(oldest.get(model, now), created_at)
+        waiting[model] = waiting.get(model, 0) + 1
     for model, created_at in oldest.items():
         core_metrics.queue_oldest_age.labels(model).set(now - created_at)
+        core_metrics.requests_waiting.labels(model).set(waiting[model])
 
 
 def _workers(dispatcher: Dispatcher) -> list[GaugeMetricFamily]:

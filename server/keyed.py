@@ -6,6 +6,7 @@ framework still documents it. Every other keyed route goes the framework's way, 
 """
 
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any
 
 import orjson
@@ -73,10 +74,18 @@ class KeyedRoute(APIRoute):
         try:
             await authenticate(request)
             body = self._validated(await request.body())
-            response = await self.endpoint(**{self._request_name: request, self._body_name: body})
+            if "idempotency-key" not in request.headers:
+                response = await self.endpoint(**{self._request_name: request, self._body_name: body})
+            else:
+                make = partial(self._make, scope, body)
+                response = await request.app.state.keeper.answer(request, await request.body(), make)
         except (ServiceError, RequestValidationError, ClientDisconnect) as exc:
             response = answer_to(request, exc)
         await response(scope, receive, send)
+
+    async def _make(self, scope: Scope, body: Any, receive: Receive) -> Response:
+        """The handler's response, for whoever `receive` hears."""
+        return await self.endpoint(**{self._request_name: JsonRequest(scope, receive), self._body_name: body})
 
     def _validated(self, content: bytes) -> Any:
         """The body as the handler's model. Raises RequestValidationError, in the framework's own terms."""

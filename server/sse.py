@@ -36,9 +36,9 @@ class SseResponse(Response):
         on_close: Callable[[], None],
         keep_alive: bytes = KEEP_ALIVE,
     ) -> None:
-        self._events = events
-        self._on_close = on_close
-        self._keep_alive = keep_alive
+        self.events = events
+        self.on_close = on_close
+        self.keep_alive = keep_alive
         # X-Accel-Buffering keeps nginx from collecting the stream before it passes it on.
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
@@ -53,17 +53,17 @@ class SseResponse(Response):
         except OSError as exc:
             raise ClientDisconnect from exc
         finally:
-            self._on_close()
+            self.on_close()
             sending.cancel()
             watching.cancel()
             await asyncio.gather(sending, watching, return_exceptions=True)
-            await self._events.aclose()
+            await self.events.aclose()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        quiet = _Quiet(send, self._keep_alive)
+        quiet = _Quiet(send, self.keep_alive)
         try:
-            async for body in self._events:
+            async for body in self.events:
                 quiet.broken_at = None
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 quiet.broken_at = quiet.now()

@@ -121,18 +121,22 @@ def eventually(check: Any, timeout_s: float = 10.0) -> Any:
     return answer
 
 
+def addresses(stack: Stack) -> dict[str, str]:
+    """The environment of another process of the service, over the same broker and database."""
+    found = json.loads((stack.folder / "addresses.json").read_text())
+    return {
+        **stack.environment,
+        "DATABASE_URL": found["database_url"],
+        "AMQP_URL": found["amqp_url"],
+        "MODELS_FILE": str(stack.folder / "models.smoke.yaml"),
+    }
+
+
 @contextmanager
 def second_server(stack: Stack, **settings: str) -> Iterator[str]:
     """Another API server over the same broker and database, with settings of its own; gives its URL."""
-    addresses = json.loads((stack.folder / "addresses.json").read_text())
     port = free_port()
-    environment = {
-        **stack.environment,
-        "DATABASE_URL": addresses["database_url"],
-        "AMQP_URL": addresses["amqp_url"],
-        "MODELS_FILE": str(stack.folder / "models.smoke.yaml"),
-        **settings,
-    }
+    environment = addresses(stack) | settings
     argv = [sys.executable, "-m", "server", "serve", "--port", str(port)]
     process = subprocess.Popen(argv, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"

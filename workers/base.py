@@ -4,6 +4,7 @@ Knows nothing of models; a worker type says what to do with a job in `handle`.
 """
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -18,8 +19,8 @@ import msgspec
 
 from server.core import metrics, topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import BrokerUnavailable, DeadlineExceeded, EngineFailed, ServiceError
-from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode
+from server.core.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
+from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode, encode_frames
 from server.core.settings import Settings
 from server.core.signals import stop_event
 from workers.probe import Probe
@@ -30,11 +31,18 @@ from workers.turns import Expectation, Turns
 logger = logging.getLogger(__name__)
 
 RECORD_RETRY_S = 1.0
+FEEL_S = 0.4
+"""How often it is looked whether the servers that wait are still there, for answers that send nothing for long."""
+WAITED_S = 1.0
+"""A job older than this when it is taken may have lost its client meanwhile."""
+HEAR_S = 0.25
+"""For a server to say that nobody waits for a job any more."""
+HALT_S = 0.5
+"""For an engine that was told to stop to hand over what it has made; then it is taken by force."""
 
 LOOKAHEAD = 1024
-"""Jobs of a lane that a worker takes besides those it runs, to choose the next from by turns. What is not taken waits in
-the order it came, out of turn; servers let few jobs of a key come at once (server/admission.py), so that this holds all.
-"""
+"""Jobs of a lane that a worker takes besides those it runs, to choose the next from by turns. What is not taken waits
+in the order it came; servers let few jobs of a key come at once (server/admission.py), so that this holds all."""
 
 
 class Beacon:
@@ -45,7 +53,7 @@ class Beacon:
         self._probe = probe
         self.worker = f"{type_}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self.type, self.model = type_, model
-        self.running = self.waiting = self.backlog = self.slots = 0
+        self.running = self.waiting = self.waiting_batch = self.backlog = self.slots = 0
         self.job_s = 0.0
         self.lag_s = 0.0
         self.progress_at = 0.0
@@ -81,6 +89,7 @@ class Beacon:
                 lag_s=round(self.lag_s, 3),
                 slots=self.slots,
                 job_s=round(self.job_s, 3),
+                waiting_batch=self.waiting_batch,
             )
             try:
                 self._link.broadcast(topology.STATUS, encode(status))
@@ -107,14 +116,10 @@ class _Run:
     expected: int = 0
     used: int = 0
     task: asyncio.Task[None] | None = None
-    begun: bool = False
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        if self.begun and self.task is not None:
-            # A task cancelled before its first step would never settle its delivery.
-            self.task.cancel()
+    reply: Reply | None = None
+    handling: bool = False
+    stopped: ServiceError | None = None
+    """Why it is ended early: what it has made is recorded then as cancelled."""
 
 
 @dataclass(slots=True)
@@ -138,6 +143,8 @@ class Worker(ABC):
         self._runs: dict[str, _Run] = {}
         self._cancelled_early: dict[str, float] = {}
         self._consumers: list[str] = []
+        self._halting: set[asyncio.Task[None]] = set()
+        self._listening_since = 0.0
         self._died = asyncio.Event()
         self._slots: dict[Lane, _Slots] = {"interactive": _Slots(1), "batch": _Slots(1)}
         self._expectation = Expectation()
@@ -157,6 +164,10 @@ class Worker(ABC):
     @abstractmethod
     async def handle(self, job: Job, reply: Reply) -> Answer:
         """Answer the job; what comes before the last frame goes through `reply`. Raises ServiceError."""
+
+    async def halt(self, job: Job) -> bool:
+        """Have `handle` return soon with what it has made so far; False where that cannot be, and it is cancelled."""
+        return False
 
     @abstractmethod
     async def stop(self) -> None:
@@ -191,6 +202,7 @@ class Worker(ABC):
 
     async def _serve(self, stopping: asyncio.Event) -> int:
         beating = asyncio.create_task(self.beacon.run())
+        feeling = asyncio.create_task(self._feel_for_servers())
         stopped = asyncio.create_task(stopping.wait())
         died = asyncio.create_task(self._died.wait())
         self.probe.ready = True
@@ -207,7 +219,7 @@ class Worker(ABC):
             await self._drain()
             return 0
         finally:
-            for task in (beating, stopped, died):
+            for task in (beating, feeling, stopped, died):
                 task.cancel()
 
     async def _drain(self) -> None:
@@ -234,6 +246,7 @@ class Worker(ABC):
         mine = f"control.{uuid.uuid4().hex[:12]}"
         await link.declare_queue(mine, exclusive=True)
         await link.bind(mine, topology.CONTROL)
+        self._listening_since = time.time()
         await link.consume(mine, self._on_control)
         self._consumers = []
         for lane, slots in self._slots.items():
@@ -247,8 +260,7 @@ class Worker(ABC):
     def _on_control(self, delivery: Delivery) -> None:
         request_id = decode(Cancel, delivery.body).request_id
         if run := self._runs.get(request_id):
-            run.cancel()
-            self._let_go(run)
+            self._end(run, Cancelled("The request was cancelled."))
             return
         # Its job may still wait in the queue; remember it for as long as a job can.
         now = time.monotonic()
@@ -262,8 +274,36 @@ class Worker(ABC):
         """The server that waited is gone: stop what was made for it."""
         for run in list(self._runs.values()):
             if run.job.reply_to == reply_to:
-                run.cancel()
-                self._let_go(run)
+                self._end(run, Cancelled("The server that waited is gone."))
+
+    async def _feel_for_servers(self) -> None:
+        """A frame comes back from a server that is gone; while an answer is made that is not streamed there is none."""
+        while True:
+            await asyncio.sleep(FEEL_S)
+            for reply_to in {run.job.reply_to for run in self._runs.values()}:
+                with contextlib.suppress(BrokerUnavailable):
+                    self._publisher.send(reply_to, encode_frames([]))
+
+    def _end(self, run: _Run, why: ServiceError) -> None:
+        """Stop a job that is in hand, for good: it is not tried again."""
+        if run.stopped is not None:
+            return
+        run.stopped = why
+        if run.reply is not None:
+            run.reply.muted = True
+        if run.handling:  # otherwise it is noticed before the work begins, or too late to matter
+            halting = asyncio.create_task(self._halt(run))
+            self._halting.add(halting)
+            halting.add_done_callback(self._halting.discard)
+        elif self._slots[run.job.lane].turns.remove(run.job.key_id, run):
+            self._start_for_nothing(run)  # it is done with at once, without its turn
+
+    async def _halt(self, run: _Run) -> None:
+        assert run.task is not None
+        if await self.halt(run.job):
+            await asyncio.wait({run.task}, timeout=HALT_S)
+        if run.handling:
+            run.task.cancel()
 
     def _on_job(self, lane: Lane, delivery: Delivery) -> None:
         try:
@@ -275,10 +315,10 @@ class Worker(ABC):
         if run := self._runs.get(job.id):
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
-        cancelled = self._cancelled_early.pop(job.id, None) is not None
         expected = self._expectation.tokens(job.api, job.body, len(delivery.body))
-        run = self._runs[job.id] = _Run(job, delivery, expected, cancelled=cancelled)
-        if cancelled:
+        run = self._runs[job.id] = _Run(job, delivery, expected)
+        if self._cancelled_early.pop(job.id, None) is not None:
+            self._end(run, Cancelled("The request was cancelled."))
             self._start_for_nothing(run)
         else:
             self._slots[lane].turns.add(job.key_id, run, expected, job.weight)
@@ -293,11 +333,6 @@ class Worker(ABC):
     def _start(self, run: _Run) -> None:
         self._slots[run.job.lane].busy += 1
         run.task = asyncio.create_task(self._run(run))
-
-    def _let_go(self, run: _Run) -> None:
-        """A job that was cancelled while it waited: it is done with at once, without its turn."""
-        if self._slots[run.job.lane].turns.remove(run.job.key_id, run):
-            self._start_for_nothing(run)
 
     def _start_for_nothing(self, run: _Run) -> None:
         run.expected = 0  # its key was charged for no turn
@@ -329,7 +364,6 @@ class Worker(ABC):
             self._consumer.ack(run.delivery)
 
     async def _run(self, run: _Run) -> None:
-        run.begun = True
         started = time.monotonic()
         outcome = "failed"
         settle: Callable[[Delivery], None] | None = self._consumer.ack
@@ -337,8 +371,7 @@ class Worker(ABC):
             outcome = await self._answer(run)
         except asyncio.CancelledError:
             outcome = "cancelled"
-            if not run.cancelled:
-                settle = self._give_back  # draining ran out of time: another worker's turn
+            settle = self._give_back  # draining ran out of time: another worker's turn
         except EngineDied:
             self._died.set()
             settle = None  # neither acked nor given back: the broker takes it back when this process ends
@@ -357,21 +390,26 @@ class Worker(ABC):
 
     async def _answer(self, run: _Run) -> str:
         """Do the job and tell its end; returns the outcome's name. Raises CancelledError or EngineDied."""
-        if run.cancelled:
-            return "cancelled"
         job = run.job
         reply = Reply(self._outbox, job.reply_to, job.id)
         if time.time() >= job.deadline:
             reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
             return "expired"
-        reply.send("started")
-        run.used = run.expected
+        if run.stopped is None:
+            reply.send("started")
+            await self._hear_whether_wanted(job)
+        if run.stopped is not None:
+            reply.fail(run.stopped)
+            return "cancelled"
+        run.reply, run.handling, run.used = reply, True, run.expected
+        late = DeadlineExceeded("The request was not answered before its deadline.")
+        deadline = asyncio.get_running_loop().call_later(job.deadline - time.time(), self._end, run, late)
+        answer: Answer | None = None
         try:
-            async with asyncio.timeout(job.deadline - time.time()):
-                answer = await self.handle(job, reply)
-        except TimeoutError:
-            reply.fail(DeadlineExceeded("The request was not answered before its deadline."))
-            return "expired"
+            answer = await self.handle(job, reply)
+        except asyncio.CancelledError:
+            if run.stopped is None:
+                raise
         except EngineDied:
             raise
         except ServiceError as exc:
@@ -381,15 +419,38 @@ class Worker(ABC):
             logger.exception("job failed", extra={"action": "job", "request_id": job.id, "model": self.model})
             reply.fail(EngineFailed("The engine failed on this request."))
             return "failed"
-        run.used = answer.record.prompt_tokens + answer.record.completion_tokens
-        if answer.record.completion_tokens:
-            self._expectation.learn(answer.record.completion_tokens)
-        recorded = self._record(answer.record) if job.recorded else None
+        finally:
+            run.handling = False
+            deadline.cancel()
+        recorded = None
+        if answer is not None:
+            run.used = answer.record.prompt_tokens + answer.record.completion_tokens
+            if answer.record.completion_tokens:
+                self._expectation.learn(answer.record.completion_tokens)
+        if answer is not None and job.recorded:
+            whole = run.stopped is None
+            recorded = self._record(answer.record if whole else replace(answer.record, finish_reason="cancelled"))
         # The record left before the last frame does: whoever has the whole answer has it in history too.
-        reply.send(answer.kind, answer.data)
+        if run.stopped is not None:
+            reply.fail(run.stopped)
+        elif answer is not None:
+            reply.send(answer.kind, answer.data)
         if recorded is not None:
             await recorded
-        return "done"
+        return "done" if run.stopped is None else "expired" if run.stopped is late else "cancelled"
+
+    async def _hear_whether_wanted(self, job: Job) -> None:
+        """Let those who wait for a job that has waited long say, before the work, that they do not any more."""
+        if time.time() - job.created_at < WAITED_S:
+            return  # its cancel would have come by now, or comes while it runs
+        self._outbox.flush()
+        try:
+            await self._publisher.settle(job.reply_to, encode_frames([]))
+        except ServiceError:
+            return  # the connection is down: nobody can be asked
+        if job.created_at < self._listening_since:
+            # Its cancel may have been told before this worker listened; its server tells it again.
+            await asyncio.sleep(HEAR_S)
 
     def _record(self, record: Record) -> Awaitable[None]:
         """Send the record to history now; what is returned ends when the broker has it, however long that takes."""
@@ -419,6 +480,7 @@ class Worker(ABC):
 
     def _count(self) -> None:
         self.beacon.waiting = sum(len(slots.turns) for slots in self._slots.values())
+        self.beacon.waiting_batch = len(self._slots["batch"].turns)
         self.beacon.running = sum(slots.busy for slots in self._slots.values())
         metrics.jobs_running.labels(self.model).set(self.beacon.running)
 

@@ -35,6 +35,9 @@ class ChatWorker(Worker):
     def alive(self) -> bool:
         return self._engine.alive
 
+    async def halt(self, job: Job) -> bool:
+        return await self._engine.serving[job.api].halt(job.id)
+
     async def handle(self, job: Job, reply: Reply) -> Answer:
         transcript = Transcript()
         kind: FrameKind = "done"

@@ -148,6 +148,15 @@ class AmqpLink:
         """Send to a queue that may be gone, without waiting; `on_return` hears of one that is."""
         self._basic_publish("", queue, body, pika.BasicProperties(delivery_mode=1), mandatory=True)
 
+    async def settle(self, queue: str, body: bytes) -> None:
+        """`send`, and wait until the broker has dealt with it: `on_return` has heard by then if the queue is gone.
+
+        Raises BrokerUnavailable.
+        """
+        tag = self._basic_publish("", queue, body, pika.BasicProperties(delivery_mode=1), mandatory=True)
+        confirmed = self._unconfirmed[tag] = asyncio.get_running_loop().create_future()
+        await confirmed
+
     def broadcast(self, exchange: str, body: bytes) -> None:
         self._basic_publish(exchange, "", body, pika.BasicProperties(delivery_mode=1), mandatory=False)
 

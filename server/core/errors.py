@@ -9,7 +9,9 @@
     ├── NotFound                404
     ├── MethodNotAllowed        405
     ├── PayloadTooLarge         413
+    ├── Unprocessable           422  an Idempotency-Key that stands for another request
     ├── HeadersTooLarge         431
+    ├── Cancelled               499  DELETE /v1/requests/{id}; nginx's status, and gRPC's for what its caller cancelled
     ├── TooManyRequests         429  retry_after_s says when
     │   ├── RateLimited              past the key's requests per minute
     │   └── QueueFull                the broker refused the job: the model's queue is full
@@ -85,6 +87,17 @@ class HeadersTooLarge(ServiceError):
     status = 431
 
 
+class Unprocessable(ServiceError):
+    status = 422
+
+
+class Cancelled(ServiceError):
+    """Not 409, which the dialects' SDKs would try again."""
+
+    status = 499
+    code = "cancelled"
+
+
 class TooManyRequests(ServiceError):
     status = 429
 
@@ -140,6 +153,8 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
         NotFound,
         MethodNotAllowed,
         PayloadTooLarge,
+        Unprocessable,
+        Cancelled,
         TooManyRequests,
         EngineFailed,
         Unavailable,

@@ -15,7 +15,7 @@ import msgspec
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import AnswerLost, BrokerUnavailable, DeadlineExceeded, from_status
-from server.core.messages import ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
+from server.core.messages import Cancel, ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,11 @@ class Inbox:
         self._models = models
         self._queue_max_jobs = queue_max_jobs
         self._also_consume = also_consume
-        self.publisher = AmqpLink(amqp_url, f"{name} publish", self._setup_publisher)
+        self.on_return: Callable[[str], None] = lambda queue: None
+        """Told the reply queue of another process that is gone."""
+        self.publisher = AmqpLink(
+            amqp_url, f"{name} publish", self._setup_publisher, on_return=lambda queue: self.on_return(queue)
+        )
         self.consumer = AmqpLink(amqp_url, f"{name} consume", self._setup_consumer, on_lost=self._fail_all)
 
     async def start(self) -> None:
@@ -163,6 +167,13 @@ class Inbox:
         if (waiter := self.waiting.pop(request_id, None)) is not None:
             waiter.close()
 
+    def cancel(self, request_id: str) -> None:
+        """Have a job stopped, whichever worker has it, or not begun, whichever takes it."""
+        try:
+            self.publisher.broadcast(topology.CONTROL, encode(Cancel(request_id)))
+        except BrokerUnavailable:
+            return  # the reply queue is gone too, and the worker stops by that
+
     async def _setup_publisher(self, link: AmqpLink) -> None:
         await link.declare_queue(topology.DEAD)
         await link.declare_queue(topology.HISTORY)
@@ -192,6 +203,8 @@ class Inbox:
                 waiter.put(frame)
                 if waiter.started and not begun:
                     self.on_begun(frame.request_id)
+            elif frame.kind == "started":
+                self.cancel(frame.request_id)  # by a worker that was not there to hear it the first time
 
     def _fail_all(self) -> None:
         """The reply queue went with the connection: no answer can arrive any more."""

@@ -114,8 +114,9 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Status:
     """A worker's load, sent once a second. `tokens_per_s` covers the second just past;
-    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. It runs `slots` jobs at once at
-    the most, which have taken `job_s` each of late (0: none has ended)."""
+    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. It runs `slots` jobs at once
+    at the most, which have taken `job_s` each of late (0: none has ended).
+    `waiting_batch` of those that are `waiting` are of the batch lane."""
 
     worker: str
     type: WorkerType
@@ -131,6 +132,7 @@ class Status:
     sent_at: float = field(default_factory=time.time)
     slots: int = 0
     job_s: float = 0.0
+    waiting_batch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,55 @@ class Cancel:
     request_id: str
 
 
-def encode(message: Job | Record | Status | Cancel | ErrorFrame) -> bytes:
+RequestStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A server asks all servers about a request of this key; the one that has it answers with frames to `reply_to`
+    that bear the ask's `id`. By `what`:
+
+    state   one result, a `RequestState`
+    cancel  the same, after the request has been stopped
+    events  a chunk with the `Head` of a kept answer, a chunk for each event of it beyond `after`, and done
+    leave   nothing: who asked for events under this `id` is gone
+    """
+
+    id: str
+    request_id: str
+    key_id: int
+    reply_to: str
+    what: Literal["state", "cancel", "events", "leave"]
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """Where a request stands, as the server that took it knows. Times are in Unix seconds, 0 for not yet."""
+
+    request_id: str
+    key_id: int
+    status: RequestStatus
+    model: str
+    endpoint: str
+    created_at: float
+    finished_at: float = 0.0
+    error: ErrorFrame | None = None
+    queue_position: int | None = None
+    estimated_wait_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How a kept answer begins: what HTTP says before its body. `keep_alive` is a stream's, empty for none."""
+
+    status: int
+    headers: dict[str, str]
+    media_type: str
+    keep_alive: str
+
+
+def encode(message: Job | Record | Status | Cancel | ErrorFrame | Ask | RequestState | Head) -> bytes:
     return msgspec.json.encode(message)
 
 

@@ -57,6 +57,15 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="Longest a request may take, its wait included"
     )
+    resume_grace_s: float = Field(
+        60,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long a request with an `Idempotency-Key` goes on after its client left",
+    )
+    idempotency_ttl_s: float = Field(
+        86400, gt=0, allow_inf_nan=False, description="How long its answer is kept for the same key"
+    )
     drain_timeout_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="What running requests get to finish on SIGTERM"
     )

@@ -10,6 +10,8 @@ from server.core.messages import Lane
 
 CONTROL = "control"
 """Fanout: `Cancel` to every worker."""
+ASKS = "asks"
+"""Fanout: `Ask` to every server."""
 STATUS = "status"
 """Fanout: `Status` to every server."""
 HISTORY = "history"

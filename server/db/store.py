@@ -4,6 +4,7 @@ Reads are the server's, writes of chats and vectors the archivist's. Every metho
 DatabaseUnavailable when Postgres is not there, and a write RecordRefused for data it will never take.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
@@ -172,6 +173,40 @@ class Store:
                 "session_id": filter_.session_id,
             },
         )
+
+    async def find_request(self, key_id: int, request_ids: Sequence[str]) -> Row | None:
+        """The finished request of this key that has one of these ids: `message` is a chat's answer."""
+        rows = await self._rows("find_request", {"key_id": key_id, "request_ids": list(request_ids)})
+        return rows[0] if rows else None
+
+    async def claim_answer(self, key_id: int, name: str, fingerprint: bytes, claim: tuple[str, float]) -> Row:
+        """Claim an Idempotency-Key, by a request's id and for so many seconds, unless it is claimed already: a row of
+        the `request_id` and `fingerprint` that it stands for now."""
+        request_id, ttl_s = claim
+        parameters = {"key_id": key_id, "name": name, "fingerprint": fingerprint}
+        while True:
+            if rows := await self._rows("claim_answer", parameters | {"request_id": request_id, "ttl_s": ttl_s}):
+                return rows[0]  # none, where another request claimed it at the same moment
+
+    async def take_over_answer(self, request_id: str, by: str) -> bool:
+        """Let another request make an answer that was never whole; whether that was still to be had."""
+        return bool(await self._execute("take_over_answer", {"request_id": request_id, "by": by}))
+
+    async def save_answer(self, request_id: str, head: bytes, events: list[bytes]) -> None:
+        """`head` is JSON."""
+        await self._execute("save_answer", {"request_id": request_id, "head": head.decode(), "events": events})
+
+    async def release_answer(self, request_id: str) -> None:
+        """Give up the claim of an answer that is not whole."""
+        await self._execute("release_answer", {"request_id": request_id})
+
+    async def find_answer(self, key_id: int, request_id: str) -> Row | None:
+        """A whole answer of this key: `head` and `events`."""
+        rows = await self._rows("find_answer", {"key_id": key_id, "request_id": request_id})
+        return rows[0] if rows else None
+
+    async def forget_answers(self) -> None:
+        await self._execute("forget_answers", {})
 
     async def sessions(self, key_id: int, limit: int, offset: int) -> list[Row]:
         """The key's sessions, the last used first."""

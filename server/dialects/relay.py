@@ -18,7 +18,7 @@ from server.core.errors import ContextExceeded, InvalidRequest
 from server.core.messages import Api, Frame
 from server.core.registry import ModelSpec
 from server.dialects import memory
-from server.dispatch import Call, Dispatcher, Ticket
+from server.dispatch import Call, Dispatcher, Ticket, again
 from server.errors import PREFIX
 from server.schemas.chat import SESSION_ID
 from server.sse import unless_disconnected
@@ -119,9 +119,9 @@ async def ask(request: Request, question: Question) -> Turn:
             raise
         # The client is not to blame for what was put before its question.
         found = memory.NOTHING
-        again = _call(request, question, session_id, found)
+        call = _call(request, question, session_id, found)
         # A job of its own: a worker may still have the first in hand.
-        ticket, first = await _submit(request, replace(again, request_id=f"{again.request_id}-again"))
+        ticket, first = await _submit(request, replace(call, request_id=again(call.request_id)))
     return Turn(request, ticket, first, spec.id, session_id, headers, found.sources)
 
 
@@ -137,6 +137,7 @@ def _call(request: Request, question: Question, session_id: str, found: memory.R
         recorded=question.api != "count_tokens",
         traceparent=request.headers.get("traceparent", ""),
         context=found.context,
+        weight=request.state.principal.weight,
     )
 
 

@@ -46,6 +46,7 @@ async def embed(
             key_id=request.state.principal.key_id,
             recorded=recorded,
             traceparent=request.headers.get("traceparent", ""),
+            weight=request.state.principal.weight,
         )
         for start in range(0, len(texts), MAX_TEXTS)
     ]

@@ -26,7 +26,7 @@ def _documented(body: type[BaseModel], failures: dict[int, str]) -> Responses:
     return {status: {"model": body, "description": description} for status, description in failures.items()}
 
 
-NOT_FOUND = {404: "No such model"}
+NOT_FOUND = {404: "No such model, or no such request of this key"}
 KEYED = _documented(ErrorBody, FAILURES)
 KEYED_OPENAI = _documented(OpenAIError, FAILURES | NOT_FOUND)
 KEYED_ANTHROPIC = _documented(AnthropicError, FAILURES | NOT_FOUND | {529: "A part of the service is not there"})

@@ -1,0 +1,1 @@
+DELETE FROM kept_answers WHERE request_id = %(request_id)s AND head IS NULL

@@ -1,0 +1,95 @@
+"""What the server processes ask each other: where a request stands, to stop it, and for the events of a kept answer.
+
+Any process may be asked about any request, and only the one that took it knows. So an ask goes to all of them, by the
+broker that they share anyway, and the one that knows answers to the asker's own reply queue; who does not know is
+silent, as it is about other keys' requests. A table of who has what would cost every request two writes, for a question
+that few are asked.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+import msgspec
+
+from server.core import topology
+from server.core.amqp import AmqpLink, Delivery
+from server.core.errors import BrokerUnavailable
+from server.core.inbox import Inbox, Waiter
+from server.core.messages import Ask, Frame, FrameKind, Job, RequestState, decode, encode, encode_frames
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 1.0
+"""In which a server answers that knows. One that is too busy for it counts as not knowing."""
+
+Find = Callable[[str, int], RequestState | None]
+
+
+class Peers:
+    """`state` and `cancel` find a request of this process by its id and key. `inbox` is set before it is used."""
+
+    inbox: Inbox
+    on_events: Callable[[Ask], None] = staticmethod(lambda ask: None)
+    """Told when events are asked for, and when who asked is gone."""
+
+    def __init__(self, state: Find, cancel: Find) -> None:
+        self._find: dict[str, Find] = {"state": state, "cancel": cancel}
+
+    async def consume(self, link: AmqpLink) -> None:
+        queue = f"asks.{uuid.uuid4().hex[:12]}"
+        await link.declare_fanout(topology.ASKS)
+        await link.declare_queue(queue, exclusive=True)
+        await link.bind(queue, topology.ASKS)
+        await link.consume(queue, self._on_ask)
+
+    def _on_ask(self, delivery: Delivery) -> None:
+        try:
+            ask = decode(Ask, delivery.body)
+        except msgspec.DecodeError:
+            logger.warning("not an ask", extra={"action": "decode"})  # a newer server's, perhaps
+            return
+        find = self._find.get(ask.what)
+        if find is None:
+            self.on_events(ask)
+        elif (state := find(ask.request_id, ask.key_id)) is not None:
+            self.answer(ask, 0, [("result", encode(state))])
+
+    def answer(self, ask: Ask, first_seq: int, pieces: list[tuple[FrameKind, bytes]]) -> None:
+        """Send the answer's next pieces, after the `first_seq` that have gone before."""
+        frames = [Frame(ask.id, ask.id, seq, kind, data) for seq, (kind, data) in enumerate(pieces, first_seq)]
+        try:
+            self.inbox.publisher.send(ask.reply_to, encode_frames(frames))
+        except BrokerUnavailable:
+            logger.warning("ask not answered", extra={"action": "ask", "request_id": ask.request_id})
+
+    def tell(self, ask: Ask) -> None:
+        """Ask for no answer."""
+        with suppress(BrokerUnavailable):
+            self.inbox.publisher.broadcast(topology.ASKS, encode(ask))
+
+    async def ask(self, what: Literal["state", "cancel"], request_id: str, key_id: int) -> RequestState | None:
+        """What the process says that has the request; None if none does. Raises BrokerUnavailable."""
+        with self.asking(Ask(uuid.uuid4().hex, request_id, key_id, self.inbox.queue, what)) as waiter:
+            try:
+                frame = await asyncio.wait_for(waiter.next(), ANSWER_S)
+            except TimeoutError:
+                return None
+            return decode(RequestState, frame.data)
+
+    @contextmanager
+    def asking(self, ask: Ask, timeout_s: float = 60.0) -> Iterator[Waiter]:
+        """Who waits for the frames of the answer, for as long as the context lasts. Raises BrokerUnavailable."""
+        now = time.time()
+        waiter = Waiter(Job(ask.id, "", "", {}, ask.key_id, ask.reply_to, now, now + timeout_s))
+        waiter.started = True  # it is in no worker's queue
+        self.inbox.waiting[ask.id] = waiter
+        try:
+            self.inbox.publisher.broadcast(topology.ASKS, encode(ask))
+            yield waiter
+        finally:
+            self.inbox.release(ask.id)

@@ -1,0 +1,194 @@
+"""With a real engine: what is given up stops in the engine, and is billed for exactly the tokens that were made."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from server.private import free_port
+from tests.stack import PROJECT, Stack, addresses, eventually, second_server
+
+LONG: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True, "temperature": 0}
+QUESTION = "What is the capital of France?"
+CHAT = "/v1/chat/completions"
+STOPPED_S = 1.0
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    no_thought = {"enable_thinking": False}
+    return {"messages": [{"role": "user", "content": QUESTION}], **LONG, **no_thought, **fields}
+
+
+@pytest.fixture
+def client(stack: Stack, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """With a key of the test's own."""
+    with stack.client(stack.new_key(request.node.name)) as made:
+        yield made
+
+
+def in_engine(stack: Stack) -> float:
+    """How many requests vLLM has, running or waiting."""
+    workers = httpx.get(f"{stack.url}/health").json()["workers"]
+    (port,) = (worker["metrics_port"] for worker in workers if worker["type"] == "chat")
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE)
+    assert len(counts) >= 2
+    return sum(map(float, counts))
+
+
+def stops(stack: Stack) -> None:
+    began = time.monotonic()
+    eventually(lambda: in_engine(stack) == 0)
+    assert time.monotonic() - began < STOPPED_S
+
+
+def check_recorded(client: httpx.Client, seen: str = "") -> None:
+    """The one chat is recorded as cancelled, with the very tokens that the engine makes of its question."""
+    (entry,) = eventually(lambda: client.get("/chat/history").json())
+    assert entry["finish_reason"] == "cancelled"
+    made = entry["usage"]["completion_tokens"]
+    assert 0 < made < LONG["max_tokens"]
+    text = entry["messages"][-1]["content"]
+    assert text.startswith(seen)
+    again = client.post(CHAT, json=ask(max_tokens=made)).json()
+    assert again["choices"][0]["message"]["content"].rstrip("\ufffd") == text.rstrip("\ufffd")
+    assert again["usage"] == again["usage"] | entry["usage"]
+    used = eventually(lambda: (now := client.get("/usage").json())["total_requests"] == 2 and now)
+    assert used["total_tokens"] == 2 * entry["usage"]["total_tokens"]
+
+
+def read_some(response: httpx.Response, count: int = 40) -> str:
+    """What the first events of a stream say."""
+    said = ""
+    for line in response.iter_lines():
+        if line.startswith("data: {"):
+            said += orjson.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+            count -= 1
+        if not count:
+            break
+    return said
+
+
+def test_a_client_leaves_its_stream(stack: Stack, client: httpx.Client) -> None:
+    with client.stream("POST", CHAT, json=ask(stream=True)) as response:
+        seen = read_some(response)
+        assert in_engine(stack) == 1
+    stops(stack)
+    check_recorded(client, seen)
+
+
+def test_a_client_leaves_while_it_waits(stack: Stack, client: httpx.Client) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(CHAT, json=ask(), timeout=1)
+    stops(stack)
+    check_recorded(client)
+
+
+def test_several_answers_are_counted_together(stack: Stack, client: httpx.Client) -> None:
+    fields = {"prompt": ["one", "two"], **LONG, "n": 2, "temperature": 1, "seed": 1}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json=fields, timeout=1)
+    stops(stack)
+    (entry,) = eventually(lambda: client.get("/chat/history").json())
+    assert entry["finish_reason"] == "cancelled"
+    assert 4 <= entry["usage"]["completion_tokens"] < 4 * LONG["max_tokens"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_is_killed(stack: Stack, client: httpx.Client, stream: bool) -> None:
+    # Given a server of the service, with an answer in the making
+    port = free_port()
+    argv = [sys.executable, "-m", "server", "serve", "--port", str(port)]
+    server = subprocess.Popen(argv, cwd=PROJECT, env=addresses(stack), stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    eventually(lambda: _healthy(url), timeout_s=30)
+
+    def wait() -> None:
+        with suppress(httpx.TransportError):
+            httpx.post(f"{url}{CHAT}", json=ask(stream=stream), headers=client.headers, timeout=60)
+
+    asking = threading.Thread(target=wait)
+    asking.start()
+    eventually(lambda: in_engine(stack) == 1)
+    time.sleep(0.5)
+    # When it is killed
+    os.kill(server.pid, signal.SIGKILL)
+    # Then the engine stops, and what was made is recorded
+    stops(stack)
+    server.wait()
+    asking.join()
+    check_recorded(client)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return bool(httpx.get(f"{url}/health").json()["status"] == "healthy")
+    except httpx.TransportError:
+        return False
+
+
+def test_a_stream_is_stopped_by_its_id(stack: Stack, client: httpx.Client) -> None:
+    with client.stream("POST", CHAT, json=ask(stream=True)) as response:
+        seen = read_some(response)
+        request_id = response.headers["x-request-id"]
+        with client_again(client) as other:
+            stopped = other.delete(f"/v1/requests/{request_id}").json()
+        assert stopped["status"] == "cancelled"
+        assert in_engine(stack) == 0
+    check_recorded(client, seen)
+
+
+@contextmanager
+def client_again(client: httpx.Client) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=client.base_url, headers=client.headers, trust_env=False, timeout=20) as made:
+        yield made
+
+
+def test_an_answer_outlives_its_deadline(stack: Stack, client: httpx.Client) -> None:
+    with second_server(stack, REQUEST_TIMEOUT_S="1.5") as url:
+        answer = httpx.post(f"{url}{CHAT}", json=ask(), headers=client.headers, timeout=20)
+        assert answer.status_code == 504
+        stops(stack)
+    check_recorded(client)
+
+
+def test_sdks_read_streams_with_ids(stack: Stack) -> None:
+    import anthropic
+    import openai
+
+    key = stack.new_key("ids")
+    question: Any = [{"role": "user", "content": QUESTION}]
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as client:
+        for _ in range(2):
+            chunks = client.chat.completions.create(
+                model="qwen3-smoke",
+                messages=question,
+                stream=True,
+                temperature=0,
+                extra_body={"enable_thinking": False},
+                extra_headers={"Idempotency-Key": "openai"},
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            assert text == "The capital of France is Paris."
+    with anthropic.Anthropic(base_url=stack.url, api_key=key, max_retries=0) as other:
+        found = []
+        for _ in range(2):
+            with other.messages.stream(
+                model="qwen3-smoke",
+                max_tokens=100,
+                messages=question,
+                extra_headers={"Idempotency-Key": "anthropic"},
+            ) as stream:
+                found.append((stream.get_final_text(), stream.get_final_message().id))
+    assert found[0] == found[1]
+    assert found[0][0]

@@ -61,6 +61,7 @@ class Line:
         self._since = 0.0
         self._slots = 0
         self._job_s = 0.0
+        self._servers = 1
 
     def enter(self, job: Job) -> bool:
         """Let a job wait; whether it may go to the queue at once. Raises QueueFull."""
@@ -128,6 +129,7 @@ class Line:
         """How the model's workers fare."""
         ready = [worker for worker in workers if worker.ready]
         self._slots = sum(worker.slots for worker in ready)
+        self._servers = max((worker.servers for worker in ready), default=1)
         known = [worker.job_s for worker in ready if worker.job_s]
         self._job_s = sum(known) / len(known) if known else 0.0
 
@@ -172,4 +174,4 @@ class Line:
             self._begun.popleft()
         if self._key_of and now - since >= LEAST_S:
             return max(len(self._begun), 1) / (now - since)
-        return self._slots / self._job_s if self._slots and self._job_s else None
+        return self._slots / self._job_s / self._servers if self._slots and self._job_s else None

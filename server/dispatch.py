@@ -49,12 +49,20 @@ class Call:
 class Ticket:
     """A submitted call. Close it once its client is done or gone: an unfinished job is then cancelled."""
 
-    def __init__(self, waiter: Waiter, on_end: Callable[[Waiter, RequestStatus, ServiceError | None], None]) -> None:
+    def __init__(
+        self, waiter: Waiter, line: Line, on_end: Callable[[Waiter, RequestStatus, ServiceError | None], None]
+    ) -> None:
         self._waiter = waiter
+        self._line = line
         self._on_end = on_end
         self._over = False
         self.request_id = waiter.job.id
         self.api: Api = waiter.job.api
+
+    @property
+    def place(self) -> Place | None:
+        """Where it stands among those who wait for its model; None where a worker has begun it."""
+        return self._line.place(self.request_id)
 
     async def next(self) -> Frame:
         """The next chunk, usage, result or done frame. Raises the ServiceError the request ended with."""
@@ -151,7 +159,7 @@ class Dispatcher:
             self.inbox.release(job.id)
             self._let_go(line.left(job.id))
             raise
-        return Ticket(waiter, self._end)
+        return Ticket(waiter, line, self._end)
 
     async def _send(self, waiter: Waiter) -> None:
         try:
@@ -190,10 +198,6 @@ class Dispatcher:
 
     def _line_of(self, request_id: str) -> Line:
         return self._lines[self.inbox.waiting[request_id].job.model]
-
-    def place(self, request_id: str) -> Place | None:
-        """Where a request of this process stands among those who wait for its model; None if it does not wait."""
-        return self._line_of(request_id).place(request_id) if request_id in self.inbox.waiting else None
 
     def _end(self, waiter: Waiter, status: RequestStatus, error: ServiceError | None) -> None:
         """A request is over, for whoever waited for it; what a worker may still do for it stops."""

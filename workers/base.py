@@ -37,6 +37,8 @@ WAITED_S = 1.0
 """A job older than this when it is taken may have lost its client meanwhile."""
 HEAR_S = 0.25
 """For a server to say that nobody waits for a job any more."""
+SERVERS_S = 60.0
+"""How long a server that sends no jobs counts among those who share a worker."""
 HALT_S = 0.5
 """For an engine that was told to stop to hand over what it has made; then it is taken by force."""
 
@@ -55,6 +57,7 @@ class Beacon:
         self.type, self.model = type_, model
         self.running = self.waiting = self.waiting_batch = self.backlog = self.slots = 0
         self.job_s = 0.0
+        self._servers: dict[str, float] = {}
         self.lag_s = 0.0
         self.progress_at = 0.0
         self._made = 0
@@ -63,6 +66,15 @@ class Beacon:
         """Count tokens, vectors or rows made."""
         self._made += made
         self.progress_at = time.time()
+
+    def heard_from(self, server: str) -> None:
+        """A job came from the server with this reply queue."""
+        self._servers[server] = time.monotonic()
+
+    def _count_servers(self) -> int:
+        oldest = time.monotonic() - SERVERS_S
+        self._servers = {server: at for server, at in self._servers.items() if at >= oldest}
+        return max(len(self._servers), 1)
 
     def took(self, seconds: float) -> None:
         """A job has run for so long, well or badly."""
@@ -90,6 +102,7 @@ class Beacon:
                 slots=self.slots,
                 job_s=round(self.job_s, 3),
                 waiting_batch=self.waiting_batch,
+                servers=self._count_servers(),
             )
             try:
                 self._link.broadcast(topology.STATUS, encode(status))
@@ -315,6 +328,7 @@ class Worker(ABC):
         if run := self._runs.get(job.id):
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
+        self.beacon.heard_from(job.reply_to)
         expected = self._expectation.tokens(job.api, job.body, len(delivery.body))
         run = self._runs[job.id] = _Run(job, delivery, expected)
         if self._cancelled_early.pop(job.id, None) is not None:

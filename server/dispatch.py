@@ -105,7 +105,7 @@ class Dispatcher:
             also_consume=self._consume,
         )
         self.peers.inbox = self.inbox
-        self.inbox.on_begun = lambda request_id: self._let_go(self._line_of(request_id).begun(request_id))
+        self.inbox.on_begun = lambda request_id: self._let_go(self._line_of(request_id).left(request_id))
         # Its own connection: asking for a queue that is gone closes the channel it is asked on.
         self.scraper = AmqpLink(settings.amqp_url, "server metrics", _declare_nothing)
 
@@ -170,7 +170,8 @@ class Dispatcher:
     def _let_go(self, jobs: list[Job]) -> None:
         """Send jobs that have waited here for their turn."""
         for job in jobs:
-            if (waiter := self.inbox.waiting.get(job.id)) is not None:
+            waiter = self.inbox.waiting.get(job.id)
+            if waiter is not None and job.reply_to == self.inbox.queue:  # else its answer could not arrive any more
                 self._keep(self._send_late(waiter))
 
     async def _send_late(self, waiter: Waiter) -> None:
@@ -189,7 +190,7 @@ class Dispatcher:
         while True:
             for model, line in self._lines.items():
                 workers = [worker for worker in self.fleet.workers() if worker.model == model]
-                line.hear(workers)
+                line.hear(workers, self.inbox.queue)
                 names = {worker.worker for worker in workers}
                 if self._workers.get(model, set()) - names:
                     self._let_go(line.send_anew())

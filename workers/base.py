@@ -37,8 +37,8 @@ WAITED_S = 1.0
 """A job older than this when it is taken may have lost its client meanwhile."""
 HEAR_S = 0.25
 """For a server to say that nobody waits for a job any more."""
-SERVERS_S = 60.0
-"""How long a server that sends no jobs counts among those who share a worker."""
+FADING = 0.95
+"""What is left after a second of the count of jobs begun for a server: it tells of the last 20 s or so."""
 HALT_S = 0.5
 """For an engine that was told to stop to hand over what it has made; then it is taken by force."""
 
@@ -57,7 +57,7 @@ class Beacon:
         self.type, self.model = type_, model
         self.running = self.waiting = self.waiting_batch = self.backlog = self.slots = 0
         self.job_s = 0.0
-        self._servers: dict[str, float] = {}
+        self.begun: dict[str, float] = {}
         self.lag_s = 0.0
         self.progress_at = 0.0
         self._made = 0
@@ -67,14 +67,9 @@ class Beacon:
         self._made += made
         self.progress_at = time.time()
 
-    def heard_from(self, server: str) -> None:
-        """A job came from the server with this reply queue."""
-        self._servers[server] = time.monotonic()
-
-    def _count_servers(self) -> int:
-        oldest = time.monotonic() - SERVERS_S
-        self._servers = {server: at for server, at in self._servers.items() if at >= oldest}
-        return max(len(self._servers), 1)
+    def began(self, server: str) -> None:
+        """A job of the server with this reply queue."""
+        self.begun[server] = self.begun.get(server, 0.0) + 1
 
     def took(self, seconds: float) -> None:
         """A job has run for so long, well or badly."""
@@ -87,6 +82,8 @@ class Beacon:
             now = time.monotonic()
             rate = (self._made - made) / (now - last)
             last, made = now, self._made
+            faded = ((server, FADING * jobs) for server, jobs in self.begun.items())
+            self.begun = {server: jobs for server, jobs in faded if jobs >= 0.1}
             status = Status(
                 worker=self.worker,
                 type=self.type,
@@ -102,7 +99,7 @@ class Beacon:
                 slots=self.slots,
                 job_s=round(self.job_s, 3),
                 waiting_batch=self.waiting_batch,
-                servers=self._count_servers(),
+                begun={server: round(jobs, 2) for server, jobs in self.begun.items()},
             )
             try:
                 self._link.broadcast(topology.STATUS, encode(status))
@@ -227,7 +224,7 @@ class Worker(ABC):
                     self._died.set()
             if self._died.is_set():
                 logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
-                await self._pass_on_waiting()
+                await self._take_no_more()
                 return 1  # unacked jobs go back to their queue
             await self._drain()
             return 0
@@ -238,9 +235,7 @@ class Worker(ABC):
     async def _drain(self) -> None:
         logger.info("draining", extra={"action": "drain", "running": len(self._runs)})
         self.probe.ready = False
-        for tag in self._consumers:
-            await self._consumer.cancel_consumer(tag)
-        await self._pass_on_waiting()
+        await self._take_no_more()
         tasks = [run.task for run in self._runs.values() if run.task is not None]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self.settings.drain_timeout_s)
@@ -328,7 +323,6 @@ class Worker(ABC):
         if run := self._runs.get(job.id):
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
-        self.beacon.heard_from(job.reply_to)
         expected = self._expectation.tokens(job.api, job.body, len(delivery.body))
         run = self._runs[job.id] = _Run(job, delivery, expected)
         if self._cancelled_early.pop(job.id, None) is not None:
@@ -346,6 +340,8 @@ class Worker(ABC):
 
     def _start(self, run: _Run) -> None:
         self._slots[run.job.lane].busy += 1
+        if run.job.lane == "interactive":
+            self.beacon.began(run.job.reply_to)
         run.task = asyncio.create_task(self._run(run))
 
     def _start_for_nothing(self, run: _Run) -> None:
@@ -364,7 +360,10 @@ class Worker(ABC):
         """The connection is lost: the broker has given them to somebody, or gives them to this worker again."""
         self._waiting()
 
-    async def _pass_on_waiting(self) -> None:
+    async def _take_no_more(self) -> None:
+        """And leave what waits to others."""
+        for tag in self._consumers:
+            await self._consumer.cancel_consumer(tag)
         await asyncio.gather(*(self._pass_on(lane, run) for lane, run in self._waiting()))
 
     async def _pass_on(self, lane: Lane, run: _Run) -> None:
@@ -391,7 +390,7 @@ class Worker(ABC):
             settle = None  # neither acked nor given back: the broker takes it back when this process ends
         finally:
             del self._runs[run.job.id]
-            if run.used:
+            if run.used and run.job.lane == "interactive":
                 self.beacon.took(time.monotonic() - started)
             slots = self._slots[run.job.lane]
             slots.busy -= 1

@@ -116,7 +116,8 @@ class Status:
     """A worker's load, sent once a second. `tokens_per_s` covers the second just past;
     `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. It runs `slots` jobs at once
     at the most, which have taken `job_s` each of late (0: none has ended).
-    `waiting_batch` of those that are `waiting` are of the batch lane. Its jobs have come from so many `servers` of late."""
+    `waiting_batch` of those `waiting` are of the batch lane. `begun`: its jobs of late, by reply queue, the older ones
+    counting less."""
 
     worker: str
     type: WorkerType
@@ -133,7 +134,7 @@ class Status:
     slots: int = 0
     job_s: float = 0.0
     waiting_batch: int = 0
-    servers: int = 1
+    begun: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

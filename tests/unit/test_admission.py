@@ -31,8 +31,8 @@ def job(id_: str, key: int = 1, *, weight: int = 1, left_s: float = 10_000.0) ->
     return Job(id_, "m", "/chat", {}, key, "replies", 1000.0, 1000.0 + left_s, weight=weight)
 
 
-def worker(slots: int = 2, job_s: float = 4.0, *, ready: bool = True) -> Status:
-    return Status("w", "chat", "m", ready, slots=slots, job_s=job_s)
+def worker(slots: int = 2, job_s: float = 4.0, *, ready: bool = True, **begun: float) -> Status:
+    return Status("w", "chat", "m", ready, slots=slots, job_s=job_s, begun=begun)
 
 
 def fill(line: Line, count: int, key: int = 1) -> list[str]:
@@ -49,11 +49,11 @@ def test_of_one_key_few_go_at_once_and_the_others_in_order(clock: Clock) -> None
     # And another key's goes all the same
     assert line.enter(job("other", 2))
     # When one is begun, one is over and one that waits here leaves, then the next go in order
-    assert [job.id for job in line.begun("3")] == [str(AT_ONCE)]
+    assert [job.id for job in line.left("3")] == [str(AT_ONCE)]
     assert line.left(str(AT_ONCE + 1)) == []
     assert [job.id for job in line.left("0")] == [str(AT_ONCE + 2)]
     # And what is told twice changes nothing
-    assert line.left("0") == line.begun("3") == line.begun("unknown") == []
+    assert line.left("0") == line.left("3") == line.left("unknown") == []
 
 
 def test_one_key_leaves_room_for_others(clock: Clock) -> None:
@@ -91,20 +91,22 @@ def test_a_heavier_key_may_have_more_waiting(clock: Clock) -> None:
 def test_who_is_refused_is_told_how_long_those_before_it_take(clock: Clock) -> None:
     # Given workers that begin a job each 2 s
     line = Line(20)
-    line.hear([worker(), worker(ready=False)])
+    line.hear([worker(), worker(ready=False)], "me")
     fill(line, 10)
     # Then the eleventh would wait for 11 of them
     with pytest.raises(QueueFull, match=r"Try again in 22 s\.") as refused:
         line.enter(job("more"))
     assert refused.value.retry_after_s == 22
-    # When this server sees them leave twice as fast as that, then it says so
-    for n in range(5):
-        clock.now += 1
-        line.begun(f"1-{n}")
-        line.enter(job(f"again-{n}"))
+    # When another worker comes, and another server whose jobs are three in four, then it is told that
+    line.hear([worker(me=30.0, other=90.0), worker(me=9.0, other=29.0)], "me")
     with pytest.raises(QueueFull) as refused:
         line.enter(job("more"))
-    assert refused.value.retry_after_s == 11
+    assert refused.value.retry_after_s == 44
+    # And a server that has had nothing yet expects a little
+    line.hear([worker(other=9.0)], "me")
+    with pytest.raises(QueueFull) as refused:
+        line.enter(job("more"))
+    assert refused.value.retry_after_s == 242
 
 
 def test_with_nothing_known_yet_it_is_as_long_as_it_has_taken(clock: Clock) -> None:
@@ -119,7 +121,7 @@ def test_with_nothing_known_yet_it_is_as_long_as_it_has_taken(clock: Clock) -> N
 def test_who_would_not_be_done_in_time_is_not_taken(clock: Clock) -> None:
     # Given a queue of 20 s, and jobs of 4 s
     line = Line(100)
-    line.hear([worker()])
+    line.hear([worker()], "me")
     fill(line, 9)
     # Then who has less time than that, with a margin, is refused
     with pytest.raises(QueueFull, match="longer than this one may") as refused:
@@ -134,7 +136,7 @@ def test_where_a_request_stands(clock: Clock) -> None:
     line = Line(100)
     ids = fill(line, 30)
     assert line.place(ids[0]) == Place(1, None)
-    line.hear([worker()])
+    line.hear([worker()], "me")
     assert line.place(ids[20]) == Place(21, 42.0)
     # When another key comes, then they take turns: it stands before nearly all of the first
     line.enter(job("mine", 2))
@@ -144,20 +146,8 @@ def test_where_a_request_stands(clock: Clock) -> None:
     for n in range(4):
         line.enter(job(f"heavy-{n}", 3, weight=2))
     assert [line.place(f"heavy-{n}").position for n in range(4)] == [3, 4, 6, 7]  # type: ignore[union-attr]
-    line.begun("mine")
+    line.left("mine")
     assert line.place("mine") is None
-
-
-def test_jobs_that_found_a_free_slot_say_nothing_of_the_rate(clock: Clock) -> None:
-    line = Line(100)
-    ids = fill(line, 10)
-    # Given five that were begun at once, and one that had to wait
-    for id_ in ids[:5]:
-        line.begun(id_)
-    clock.now += 4
-    line.begun(ids[5])
-    # Then the rate is that of the one
-    assert line.place(ids[9]) == Place(4, 16.0)
 
 
 def test_a_lost_worker_blocks_nobody(clock: Clock) -> None:

@@ -26,7 +26,7 @@ from server.core.signals import stop_event
 from workers.probe import Probe
 from workers.replies import Reply, ReplyOutbox
 from workers.serving import EngineDied
-from workers.turns import Expectation, Turns
+from workers.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +119,11 @@ class Answer:
 @dataclass(slots=True)
 class _Run:
     """A job in hand, waiting for its turn until it has a task. `delivery` is the latest one: after a reconnection the
-    broker delivers it again. `expected` and `used` are tokens."""
+    broker delivers it again. `charged` (beforehand) and `used` are tokens."""
 
     job: Job
     delivery: Delivery
-    expected: int = 0
+    charged: float = 0.0
     used: int = 0
     task: asyncio.Task[None] | None = None
     reply: Reply | None = None
@@ -157,7 +157,6 @@ class Worker(ABC):
         self._listening_since = 0.0
         self._died = asyncio.Event()
         self._slots: dict[Lane, _Slots] = {"interactive": _Slots(1), "batch": _Slots(1)}
-        self._expectation = Expectation()
         self._publisher = AmqpLink(
             settings.amqp_url, f"{self.type} {model} publish", self._setup_publisher, on_return=self._abandon
         )
@@ -304,7 +303,7 @@ class Worker(ABC):
             self._halting.add(halting)
             halting.add_done_callback(self._halting.discard)
         elif self._slots[run.job.lane].turns.remove(run.job.key_id, run):
-            self._start_for_nothing(run)  # it is done with at once, without its turn
+            self._start(run)  # it is done with at once, without its turn
 
     async def _halt(self, run: _Run) -> None:
         assert run.task is not None
@@ -323,19 +322,20 @@ class Worker(ABC):
         if run := self._runs.get(job.id):
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
-        expected = self._expectation.tokens(job.api, job.body, len(delivery.body))
-        run = self._runs[job.id] = _Run(job, delivery, expected)
+        run = self._runs[job.id] = _Run(job, delivery)
         if self._cancelled_early.pop(job.id, None) is not None:
             self._end(run, Cancelled("The request was cancelled."))
-            self._start_for_nothing(run)
+            self._start(run)
         else:
-            self._slots[lane].turns.add(job.key_id, run, expected, job.weight)
+            self._slots[lane].turns.add(job.key_id, run, job.weight)
             self._start_next(lane)
 
     def _start_next(self, lane: Lane) -> None:
         slots = self._slots[lane]
         while slots.busy < slots.count and len(slots.turns):
-            self._start(slots.turns.pop())
+            run, charged = slots.turns.pop()
+            run.charged = charged
+            self._start(run)
         self._count()
 
     def _start(self, run: _Run) -> None:
@@ -343,10 +343,6 @@ class Worker(ABC):
         if run.job.lane == "interactive":
             self.beacon.began(run.job.reply_to)
         run.task = asyncio.create_task(self._run(run))
-
-    def _start_for_nothing(self, run: _Run) -> None:
-        run.expected = 0  # its key was charged for no turn
-        self._start(run)
 
     def _waiting(self) -> list[tuple[Lane, _Run]]:
         """Those that wait, taken from their turns: they will not be started here."""
@@ -394,7 +390,7 @@ class Worker(ABC):
                 self.beacon.took(time.monotonic() - started)
             slots = self._slots[run.job.lane]
             slots.busy -= 1
-            slots.turns.charge(run.job.key_id, run.used - run.expected)
+            slots.turns.settle(run.job.key_id, run.charged, run.used)
             if not self._died.is_set():
                 self._start_next(run.job.lane)
             metrics.jobs.labels(self.model, outcome).inc()
@@ -414,7 +410,7 @@ class Worker(ABC):
         if run.stopped is not None:
             reply.fail(run.stopped)
             return "cancelled"
-        run.reply, run.handling, run.used = reply, True, run.expected
+        run.reply, run.handling = reply, True
         late = DeadlineExceeded("The request was not answered before its deadline.")
         deadline = asyncio.get_running_loop().call_later(job.deadline - time.time(), self._end, run, late)
         answer: Answer | None = None
@@ -438,8 +434,6 @@ class Worker(ABC):
         recorded = None
         if answer is not None:
             run.used = answer.record.prompt_tokens + answer.record.completion_tokens
-            if answer.record.completion_tokens:
-                self._expectation.learn(answer.record.completion_tokens)
         if answer is not None and job.recorded:
             whole = run.stopped is None
             recorded = self._record(answer.record if whole else replace(answer.record, finish_reason="cancelled"))

@@ -1,21 +1,49 @@
 """Turns: nobody starves, shares follow weights, and a newcomer is among the next two."""
 
+from collections import deque
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.turns import FIRST_GUESS, MAX_IDLE_KEYS, Expectation, Turns
+from workers.turns import MAX_IDLE_KEYS, Turns
 
 KEYS = st.integers(1, 6)
 TOKENS = st.integers(1, 1000)
 
 
+class Slots:
+    """An engine that runs so many at once: whenever one ends, the next is started."""
+
+    def __init__(self, turns: Turns[tuple[int, int]], count: int) -> None:
+        self.turns = turns
+        self.count = count
+        self.running: deque[tuple[int, int, float]] = deque()
+        self.had: dict[int, int] = {}
+
+    def fill(self) -> list[int]:
+        """The keys whose jobs are started."""
+        started = []
+        while len(self.running) < self.count and len(self.turns):
+            (key, tokens), charged = self.turns.pop()
+            self.running.append((key, tokens, charged))
+            started.append(key)
+        return started
+
+    def end(self, which: int) -> list[int]:
+        self.running.rotate(which)
+        key, tokens, charged = self.running.popleft()
+        self.had[key] = self.had.get(key, 0) + tokens
+        self.turns.settle(key, charged, tokens)
+        return self.fill()
+
+
 @given(st.lists(st.tuples(KEYS, TOKENS)))
 def test_everything_comes_out_once_and_each_keys_in_order(items: list[tuple[int, int]]) -> None:
     turns: Turns[tuple[int, int]] = Turns()
-    for place, (key, tokens) in enumerate(items):
-        turns.add(key, (key, place), tokens)
-    came = [turns.pop() for _ in range(len(turns))]
+    for place, (key, _) in enumerate(items):
+        turns.add(key, (key, place))
+    came = [turns.pop()[0] for _ in range(len(turns))]
     assert sorted(place for _, place in came) == list(range(len(items)))
     for key in {key for key, _ in items}:
         mine = [place for whose, place in came if whose == key]
@@ -23,86 +51,91 @@ def test_everything_comes_out_once_and_each_keys_in_order(items: list[tuple[int,
 
 
 @given(
-    st.lists(st.tuples(KEYS, TOKENS, st.integers(1, 5)), min_size=1, max_size=60),
-    st.lists(st.integers(-900, 900), max_size=60),
-    st.integers(0, 60),
-    TOKENS,
+    st.lists(st.tuples(KEYS, TOKENS), min_size=40, max_size=80),
+    st.integers(1, 8),
+    st.integers(0, 30),
+    st.lists(st.integers(0, 7), min_size=40, max_size=40),
 )
 def test_a_newcomer_is_among_the_next_two(
-    flood: list[tuple[int, int, int]], corrections: list[int], pops: int, tokens: int
+    flood: list[tuple[int, int]], slots: int, before: int, order: list[int]
 ) -> None:
-    # Given any past of other keys, each of which has had a turn, and some of whose jobs cost more or less than expected
-    turns: Turns[str] = Turns()
-    for key, expected, weight in [*((key, 1, 1) for key, _, _ in flood), *flood]:
-        turns.add(key, "flood", expected, weight)
-    for index in range(len(flood) + min(pops, len(flood) - 1)):
-        turns.pop()
-        turns.charge(flood[index % len(flood)][0], corrections[index] if index < len(corrections) else 0)
-    # When a key comes that has had nothing
-    turns.add(99, "mine", tokens)
-    # Then it waits for one turn at the most
-    assert "mine" in [turns.pop() for _ in range(min(2, len(turns)))]
-
-
-@given(st.dictionaries(KEYS, st.integers(1, 10), min_size=2), st.lists(TOKENS, min_size=300, max_size=300), st.data())
-def test_shares_follow_weights_and_nobody_starves(
-    weights: dict[int, int], costs: list[int], data: st.DataObject
-) -> None:
-    # Given keys that always have something waiting, with weights of their own
+    # Given keys that flood with jobs of any size, each of which has had turns, and slots that are freed in any order
     turns: Turns[tuple[int, int]] = Turns()
-    had = dict.fromkeys(weights, 0)
+    engine = Slots(turns, slots)
+    for key in {key for key, _ in flood}:
+        turns.add(key, (key, 1))
+        engine.fill()
+    while engine.running and len(turns):
+        engine.end(0)
+    for key, tokens in flood:
+        turns.add(key, (key, tokens))
+    engine.fill()
+    for which in order[:before]:
+        engine.end(which)
+    # When a key comes that was not there
+    turns.add(99, (99, 1000))
+    # Then its job has begun when two others have ended
+    begun = [key for which in order[before : before + 2] for key in engine.end(which)]
+    assert 99 in begun or not begun
+
+
+@given(st.dictionaries(KEYS, st.integers(1, 10), min_size=2), st.lists(TOKENS, min_size=400, max_size=400))
+def test_shares_follow_weights_and_nobody_starves(weights: dict[int, int], costs: list[int]) -> None:
+    # Given keys that always have something waiting, with weights and with sizes of jobs of their own
+    turns: Turns[tuple[int, int]] = Turns()
+    engine = Slots(turns, 4)
+    size = {key: 10 * key for key in weights}
     for key, weight in weights.items():
-        for _ in range(2):
-            turns.add(key, (key, 10), 10, weight)
-    # When turns are taken, whose real cost is told afterwards
-    for cost in costs:
-        key, expected = turns.pop()
-        had[key] += cost
-        turns.charge(key, cost - expected)
-        turns.add(key, (key, expected), expected, weights[key])
-    # Then what each has had by weight differs by no more than one job at each side
-    by_weight = {key: had[key] / weights[key] for key in weights}
-    assert max(by_weight.values()) - min(by_weight.values()) <= 2 * 1000
-    # And when there were enough turns, everybody had one
-    if sum(weights.values()) * 1000 // min(costs) < len(costs):
-        assert all(had.values())
+        for cost in costs[:400]:
+            turns.add(key, (key, size[key] + cost % 5), weight)
+    # When many have run, one after the other
+    engine.fill()
+    for _ in range(300):
+        engine.end(0)
+    # Then what each has had by weight differs by no more than what is running, and a job
+    by_weight = {key: engine.had.get(key, 0) / weight for key, weight in weights.items()}
+    assert max(by_weight.values()) - min(by_weight.values()) <= 5 * 65
 
 
 def test_a_key_saves_up_no_turns_and_pays_for_none_it_had_alone() -> None:
-    turns: Turns[str] = Turns()
+    turns: Turns[tuple[int, int]] = Turns()
+    engine = Slots(turns, 1)
     # Given a key that was away while another had much
-    turns.add(1, "a", 10)
-    turns.pop()
-    for _ in range(50):
-        turns.add(2, "b", 100)
-        turns.pop()
-    # When both want many turns, then they share them, to within one
-    for _ in range(5):
-        turns.add(1, "a", 100)
-        turns.add(2, "b", 100)
-    had = ""
-    while len(turns) > 1:
-        had += turns.pop()
-        assert abs(had.count("a") - had.count("b")) <= 2
+    for key in [1] + [2] * 50:
+        turns.add(key, (key, 100))
+        engine.fill()
+        engine.end(0)
+    # When both want many turns, then they share them
+    for _ in range(10):
+        turns.add(1, (1, 100))
+        turns.add(2, (2, 100))
+    begun = engine.fill()
+    while len(turns) > 2:
+        begun += engine.end(0)
+        assert abs(begun.count(1) - begun.count(2)) <= 2
 
 
 def test_a_key_with_large_jobs_has_fewer_turns() -> None:
-    turns: Turns[str] = Turns()
-    for _ in range(8):
-        turns.add(1, "L", 300)
-        turns.add(2, "s", 100)
-    assert sorted(turns.pop() for _ in range(8)) == ["L", "L", *"ssssss"]
+    turns: Turns[tuple[int, int]] = Turns()
+    engine = Slots(turns, 1)
+    for _ in range(40):
+        turns.add(1, (1, 300))
+        turns.add(2, (2, 100))
+    begun = engine.fill()
+    for _ in range(39):
+        begun += engine.end(0)
+    assert 28 <= begun.count(2) <= 32
 
 
 def test_who_is_removed_costs_nothing_and_does_not_come() -> None:
     turns: Turns[str] = Turns()
     first, second = "first", "second"
-    turns.add(1, first, 100)
-    turns.add(1, second, 100)
+    turns.add(1, first)
+    turns.add(1, second)
     assert turns.remove(1, first)
     assert not turns.remove(1, first)
     assert not turns.remove(7, second)
-    assert (len(turns), turns.pop(), len(turns)) == (1, "second", 0)
+    assert (len(turns), turns.pop(), len(turns)) == (1, ("second", 0.0), 0)
     with pytest.raises(ValueError, match="empty"):
         turns.pop()
 
@@ -110,7 +143,7 @@ def test_who_is_removed_costs_nothing_and_does_not_come() -> None:
 def test_clear_gives_all_that_waited() -> None:
     turns: Turns[int] = Turns()
     for key in (1, 2, 1):
-        turns.add(key, key, 1)
+        turns.add(key, key)
     assert sorted(turns.clear()) == [1, 1, 2]
     assert len(turns) == 0
 
@@ -118,22 +151,7 @@ def test_clear_gives_all_that_waited() -> None:
 def test_accounts_do_not_pile_up() -> None:
     turns: Turns[int] = Turns()
     for key in range(3 * MAX_IDLE_KEYS):
-        turns.add(key, key, 1)
+        turns.add(key, key)
         turns.pop()
     assert len(turns._accounts) <= MAX_IDLE_KEYS + 1
-
-
-def test_what_a_job_is_expected_to_cost() -> None:
-    expectation = Expectation()
-    # Given no answer yet, a guess, bounded by what was asked for
-    assert expectation.tokens("chat", {}, 400) == 100 + FIRST_GUESS
-    assert expectation.tokens("chat", {"max_tokens": 5}, 400) == 105
-    assert expectation.tokens("chat", {"max_tokens": 5, "n": 3}, 400) == 115
-    assert expectation.tokens("responses", {"max_output_tokens": 6}, 0) == 6
-    assert expectation.tokens("embeddings", {"input": ["x"]}, 400) == 100
-    # When answers turn out short, then the next are expected to be short too
-    for _ in range(200):
-        expectation.learn(20)
-    assert expectation.tokens("chat", {}, 0) == 20
-    # And nonsense in a message breaks nothing
-    assert expectation.tokens("chat", {"max_tokens": "many", "n": -1}, 0) == 20
+    turns.settle(0, 0.0, 5)  # of a key that was forgotten

@@ -155,3 +155,18 @@ def test_accounts_do_not_pile_up() -> None:
         turns.pop()
     assert len(turns._accounts) <= MAX_IDLE_KEYS + 1
     turns.settle(0, 0.0, 5)  # of a key that was forgotten
+
+
+def test_jobs_that_cost_less_than_usual_overtake_nobody() -> None:
+    # Given a key whose jobs were large, and of which eight small ones run
+    turns: Turns[tuple[int, int]] = Turns()
+    engine = Slots(turns, 8)
+    for number in range(60):
+        turns.add(1, (1, 1000 if number < 24 else 1))
+    engine.fill()
+    for _ in range(26):
+        engine.end(0)
+    # When another key comes, and they end
+    turns.add(99, (99, 1))
+    # Then its job has begun when two of them have
+    assert 99 in engine.end(0) + engine.end(0)

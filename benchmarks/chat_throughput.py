@@ -199,7 +199,7 @@ async def compare_servers(args: argparse.Namespace, models: Path) -> None:
                 os.sched_setaffinity(0, cores)  # for both alike
             results = await measure(args, ours, stock, spec.id)
     told = "; ".join(
-        f"{n} streams: {r['tokens_per_s_ratio']} x vLLM's tokens/s ({r[SERVICE]['tokens_per_s']:.0f} against "
+        f"{n} parallel: {r['tokens_per_s_ratio']} x vLLM's tokens/s ({r[SERVICE]['tokens_per_s']:.0f} against "
         f"{r[STOCK]['tokens_per_s']:.0f}), TTFT p50 {r['ttft_added_p50_ms']:+} ms, p99 {r['ttft_added_p99_ms']:+} ms, "
         f"{r[SERVICE]['amqp_messages_per_token']} AMQP messages a token"
         for n, r in results.items()

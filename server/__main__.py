@@ -113,6 +113,9 @@ def _serve(settings: Settings, fd: int | None) -> int:
         serving = asyncio.create_task(server.serve(sockets))
         stopped = asyncio.create_task(stop_event().wait())
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if server.started and not serving.done():
+            app.state.draining = True
+            await server.drain(settings.drain_timeout_s, shared=fd is not None)
         server.should_exit = True
         await serving
 

@@ -12,6 +12,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import exporter
 from server.auth import ensure_keys
+from server.core import watchdog
 from server.core.registry import Registry
 from server.core.settings import Settings
 from server.db.listen import listen
@@ -53,6 +54,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             asyncio.create_task(app.state.keeper.forget()),
             asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys)),
             asyncio.create_task(exporter.keep_ages(app.state.dispatcher, models)),
+            asyncio.create_task(watchdog.keep_beating()),
         ]
         try:
             yield
@@ -67,6 +69,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     app = FastAPI(title="Qwen3 inference service", version=VERSION, lifespan=lifespan, redirect_slashes=False)
     app.state.settings, app.state.registry = settings, registry
     app.state.started_at = int(time.time())
+    app.state.draining = False
     add_error_handlers(app)
     # For the document only: KeyedRoute lets nobody past without a key.
     keyed: list[Any] = [

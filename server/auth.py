@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from server.core.errors import RateLimited, Unauthorized
+from server.core.errors import DatabaseUnavailable, RateLimited, Unauthorized
 from server.core.settings import Settings
-from server.db.store import Store
+from server.db.store import KeyRow, Store
 from server.rate import RateState
 
 PREFIX = "qk-"
@@ -47,21 +47,26 @@ async def ensure_keys(store: Store, settings: Settings) -> None:
 async def authenticate(request: Request) -> Principal:
     """The principal of the request's key; leaves it and the rate in `request.state`.
 
-    The key is a Bearer token or stands in `x-api-key`, whatever the dialect. Raises Unauthorized or RateLimited.
+    The key is a Bearer token or stands in `x-api-key`, whatever the dialect. Raises Unauthorized, RateLimited, and
+    DatabaseUnavailable where it takes Postgres to know the key.
     """
     keys = _keys_of(request)
     if not keys:
         raise Unauthorized("No API key. Send the header 'Authorization: Bearer YOUR_API_KEY', or 'x-api-key'.")
     state = request.app.state
-    row = None
+    row: KeyRow | None = None
+    unsure: DatabaseUnavailable | None = None
     for key in keys:
         digest = hash_key(key)
-        row = await state.keys.find(digest)
+        try:
+            row = await state.keys.find(digest)
+        except DatabaseUnavailable as exc:
+            unsure = exc  # the other one may be known all the same
         if row is not None and hmac.compare_digest(row.hash, digest):
             break
         row = None
     if row is None:
-        raise Unauthorized("This API key is not known here.")
+        raise unsure or Unauthorized("This API key is not known here.")
     if row.revoked_at is not None:
         raise Unauthorized(REVOKED)
     principal = Principal(row.id, row.name, row.is_admin, row.weight)

@@ -53,8 +53,9 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
     try:
         async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             for model in models:
-                for lane in LANES:
-                    ready, count = await link.declare_queue(topology.jobs_queue(model, lane), passive=True)
+                queues: dict[str, str] = {lane: topology.jobs_queue(model, lane) for lane in LANES}
+                for lane, queue in {**queues, "suspects": topology.suspects_queue(model)}.items():
+                    ready, count = await link.declare_queue(queue, passive=True)
                     # The broker counts what is ready; what workers hold and have not begun waits as well.
                     held = sum(_waiting(worker, lane) for worker in dispatcher.fleet.workers() if worker.model == model)
                     depth.add_metric([model, lane], ready + held)
@@ -67,8 +68,10 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
     return [depth, consumers, history, dead]
 
 
-def _waiting(worker: Status, lane: Lane) -> int:
-    return worker.waiting_batch if lane == "batch" else worker.waiting - worker.waiting_batch
+def _waiting(worker: Status, lane: str) -> int:
+    """Jobs that a worker has taken and not begun."""
+    by_lane = {"interactive": worker.waiting - worker.waiting_batch, "batch": worker.waiting_batch}
+    return by_lane.get(lane, 0)
 
 
 def _counted() -> bytes:

@@ -16,6 +16,10 @@ STALE_S = 5.0
 """A worker not heard of for this long counts as gone: five beats missed."""
 
 
+FORGOTTEN_S = 120.0
+"""For how long a worker that fell silent is missed: long enough for a person to look."""
+
+
 class Fleet:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, Status]] = {}
@@ -33,13 +37,31 @@ class Fleet:
         except msgspec.DecodeError:
             logger.warning("not a status", extra={"action": "decode"})  # a newer worker's, perhaps
             return
-        self._seen[status.worker] = (time.monotonic(), status)
+        if status.leaving:
+            self._seen.pop(status.worker, None)
+        else:
+            self._seen[status.worker] = (time.monotonic(), status)
 
     def workers(self) -> list[Status]:
-        """The workers heard of lately, by name; forgets the others."""
-        oldest = time.monotonic() - STALE_S
-        self._seen = {name: seen for name, seen in self._seen.items() if seen[0] >= oldest}
-        return [self._seen[name][1] for name in sorted(self._seen)]
+        """The workers heard of lately, by name."""
+        return [status for silent_s, status in self._heard() if silent_s <= STALE_S]
+
+    def problems(self) -> list[str]:
+        """What is wrong with workers, each by its name."""
+        told = []
+        for silent_s, status in self._heard():
+            named = f"{status.type} worker {status.worker}" + (f" ({status.model})" if status.model else "")
+            if silent_s > STALE_S:
+                told.append(f"{named}: not heard of for {silent_s:.0f} s")
+            elif status.problem:
+                told.append(f"{named}: {status.problem}")
+        return told
+
+    def _heard(self) -> list[tuple[float, Status]]:
+        """How long ago each worker was heard of, by name; forgets those that nobody misses any more."""
+        now = time.monotonic()
+        self._seen = {name: seen for name, seen in self._seen.items() if now - seen[0] <= FORGOTTEN_S}
+        return [(now - self._seen[name][0], self._seen[name][1]) for name in sorted(self._seen)]
 
     def has(self, type_: WorkerType, model: str = "") -> bool:
         """Whether a live worker of this type (and model, if it has one) is ready."""

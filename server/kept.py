@@ -180,20 +180,22 @@ class Keeper:
         key_id: int = request.state.principal.key_id
         request_id: str = request.state.request_id
         fingerprint = _fingerprint(request, content)
-        claimed = await self._store.claim_answer(key_id, name, fingerprint, (request_id, self._ttl_s))
-        if claimed["fingerprint"] != fingerprint:
-            raise Unprocessable(
-                "Idempotency-Key: stands for another request already. Send that one again, or choose another key.",
-                param="Idempotency-Key",
-            )
-        if claimed["request_id"] != request_id:
+        while True:
+            claimed = await self._store.claim_answer(key_id, name, fingerprint, (request_id, self._ttl_s))
+            if claimed["fingerprint"] != fingerprint:
+                raise Unprocessable(
+                    "Idempotency-Key: stands for another request already. Send that one again, or choose another key.",
+                    param="Idempotency-Key",
+                )
+            first: str = claimed["request_id"]
+            if first == request_id:
+                break
             for _ in range(TAKEN_OVER_AFTER):
-                source = await unless_disconnected(request, self._find(claimed["request_id"], key_id, after))
-                if source is not None:
-                    request.state.request_id = claimed["request_id"]
+                if source := await unless_disconnected(request, self._find(first, key_id, after)):
+                    request.state.request_id = first
                     return await self._read(request, source, REPLAYED)
-            if not await self._store.take_over_answer(claimed["request_id"], request_id):
-                raise AnswerLost("The answer is being made by another process. Ask again.", retry_after_s=1)
+            if await self._store.take_over_answer(first, request_id):
+                break
         if after:
             await self._store.release_answer(request_id)
             raise NotFound("Last-Event-ID: there is no answer to go on with any more. Ask without it.")
@@ -277,18 +279,21 @@ class Keeper:
 
     async def _make(self, kept: Kept, request: Request, make: Make) -> None:
         """Have the answer made, whether or not anybody reads it, and keep it if it is whole."""
-        log, response = kept.log, Response()
+        log, response, whole = kept.log, Response(), False
         try:
             response = await _made(request, make)
             log.begin(_head_of(response))
             if isinstance(response, SseResponse):
                 async for piece in response.events:
                     for one in piece.split(b"\n\n")[:-1]:  # a piece may be several events
-                        log.add(b"id: %d\n%b\n\n" % (len(log.events) + 1, one))
+                        if not one.startswith(b":"):  # comments are for the moment
+                            log.add(b"id: %d\n%b\n\n" % (len(log.events) + 1, one))
             else:
                 log.add(bytes(response.body))
+            state = self._dispatcher.state(kept.request_id, kept.key_id)
+            whole = response.status_code < 400 and state is not None and state.status == "completed"
             # Before its end is told: who has the whole answer gets it again, wherever it is asked for.
-            await self._settle(kept)
+            await self._settle(kept, whole=whole)
             log.end()
         finally:
             if not log.over:
@@ -297,18 +302,15 @@ class Keeper:
                 response.on_close()
                 await response.events.aclose()
             while not kept.settled:
-                await self._settle(kept)
+                await self._settle(kept, whole=whole)
                 await asyncio.sleep(0 if kept.settled else SETTLE_RETRY_S)
             del self._making[kept.request_id]
 
-    async def _settle(self, kept: Kept) -> None:
+    async def _settle(self, kept: Kept, *, whole: bool) -> None:
         """Keep a whole answer, and let go of what is none, so that it is made anew when it is asked for again."""
         log = kept.log
-        state = self._dispatcher.state(kept.request_id, kept.key_id)
-        whole = log.head is not None and log.head.status < 400 and state is not None and state.status == "completed"
         try:
-            if whole and not log.lost and sum(map(len, log.events)) <= MAX_BYTES:
-                assert log.head is not None
+            if whole and log.head is not None and sum(map(len, log.events)) <= MAX_BYTES:
                 await self._store.save_answer(kept.request_id, encode(log.head), log.events)
             else:
                 await self._store.release_answer(kept.request_id)

@@ -85,7 +85,9 @@ class KeyedRoute(APIRoute):
 
     async def _make(self, scope: Scope, body: Any, receive: Receive) -> Response:
         """The handler's response, for whoever `receive` hears."""
-        return await self.endpoint(**{self._request_name: JsonRequest(scope, receive), self._body_name: body})
+        given = {self._request_name: JsonRequest(scope, receive), self._body_name: body}
+        response: Response = await self.endpoint(**given)
+        return response
 
     def _validated(self, content: bytes) -> Any:
         """The body as the handler's model. Raises RequestValidationError, in the framework's own terms."""

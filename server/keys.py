@@ -7,12 +7,11 @@ bounds the rest: a connection that goes dumb without an end is noticed within 10
 than CONFIRMED_FOR_S without asking, whatever stands between this process and Postgres.
 """
 
-import asyncio
 import time
 from dataclasses import dataclass
 
 from server.core.errors import DatabaseUnavailable
-from server.db.pool import DOWN
+from server.db.pool import DOWN, within
 from server.db.store import KeyRow, Store
 
 CHANNEL = "api_keys"
@@ -21,6 +20,8 @@ GRACE_S = 300.0
 """How long a key that was let in still is while Postgres cannot be asked. It cannot be told of a revocation either."""
 LOOKUP_TIMEOUT_S = 2.0
 """Of asking about a key that was let in before."""
+FIRST_LOOKUP_TIMEOUT_S = 6.0
+"""Of asking about any other: just longer than a connection to Postgres may take."""
 DOWN_S = 2.0
 """How long nobody asks again after a lookup has failed, if there is an earlier answer."""
 MAX_KEYS = 10_000
@@ -47,15 +48,17 @@ class KeyCache:
         """The key with this SHA-256, revoked ones as well. Raises DatabaseUnavailable."""
         kept, now = self._kept.get(hash_), time.monotonic()
         if kept is None:
-            return await self._ask(hash_, now)
+            try:
+                return await within(FIRST_LOOKUP_TIMEOUT_S, self._ask(hash_, now))
+            except TimeoutError as exc:
+                raise DatabaseUnavailable(DOWN, retry_after_s=5) from exc
         if kept.asked_at >= self._listening_since and now - kept.asked_at < CONFIRMED_FOR_S:
             return kept.row
         lately = now - kept.asked_at < GRACE_S
         if lately and now < self._down_until:
             return kept.row
         try:
-            async with asyncio.timeout(LOOKUP_TIMEOUT_S if lately else None):
-                return await self._ask(hash_, now)
+            return await within(LOOKUP_TIMEOUT_S if lately else FIRST_LOOKUP_TIMEOUT_S, self._ask(hash_, now))
         except (DatabaseUnavailable, TimeoutError) as exc:
             # It may have been forgotten meanwhile; then what was kept is no answer any more.
             if not lately or hash_ not in self._kept:

@@ -48,6 +48,8 @@ class Accounting:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *_labels(scope, state)]
+                if getattr(scope["app"].state, "draining", False):
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:

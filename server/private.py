@@ -9,9 +9,10 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,28 @@ POLL_S = 1.0
 MIB, GIB = 2**20, 2**30
 MAX_SOCKET_FOLDER = 80
 """A Unix socket's path has at most 107 bytes; past that the wheel falls back to a folder open to everybody."""
+PG_HBA = "# No way in but the socket, and there the password.\nlocal all all scram-sha-256\n"
+DISK_FREE_LIMIT = 256 * MIB
+"""Free space below which RabbitMQ takes nothing: enough for its logs of what it has taken, which it may still write."""
+
+
+def write_if_changed(path: Path, text: str, mode: int = 0o600) -> None:
+    """In one step, and not again for nothing: a full disk must not leave half of it. Owner and mode of a file that is
+    there stay as they are."""
+    if path.exists():
+        if path.read_text() == text:
+            return
+        there = path.stat()
+        mode, owner = stat.S_IMODE(there.st_mode), (there.st_uid, there.st_gid)
+    else:
+        owner = (os.geteuid(), os.getegid())
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    new.touch(mode=0o600)
+    os.chown(new, *owner)
+    new.chmod(mode)
+    new.write_text(text)
+    new.replace(path)
 
 
 def free_port() -> int:
@@ -102,9 +125,27 @@ class PrivatePostgres:
             else:
                 with self._on_its_cores():
                     self._server.ensure_postgres_running()
-        except (subprocess.SubprocessError, TimeoutError) as exc:
+            password = self._password()
+        # The wheel asserts that it runs, where it does not; and a full disk is an OSError.
+        except (subprocess.SubprocessError, psutil.Error, OSError, AssertionError) as exc:
             raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
-        return str(self._server.get_uri())
+        return str(self._server.get_uri()).replace("//postgres:@", f"//postgres:{password}@")
+
+    def _password(self) -> str:
+        """The one that Postgres asks for, which is made at the first start: the wheel lets everybody in."""
+        hba, kept = self._folder / "pg_hba.conf", self._folder / "password"
+        if hba.read_text() != PG_HBA:
+            password = secrets.token_urlsafe(24)
+            self._psql(f"ALTER ROLE postgres PASSWORD '{password}'")
+            write_if_changed(kept, password)
+            write_if_changed(hba, PG_HBA)
+            self._psql("SELECT pg_reload_conf()")
+        return kept.read_text()
+
+    def _psql(self, statement: str) -> None:
+        argv = [self._server.bin_path / "psql", "-v", "ON_ERROR_STOP=1", self._server.get_uri()]
+        # Nothing of it comes from outside.
+        subprocess.run(argv, input=statement, text=True, capture_output=True, check=True, timeout=10)  # noqa: S603
 
     @contextlib.contextmanager
     def _on_its_cores(self) -> Iterator[None]:
@@ -119,8 +160,8 @@ class PrivatePostgres:
     def _configure(self) -> None:
         """Write what is set for this machine; what a person sets with ALTER SYSTEM comes after it, and counts."""
         conf = self._folder / "machine.conf"
-        conf.write_text("# Written anew at each start.\n" + postgres_conf(memory_limit()))
-        conf.chmod(0o644)  # as root, the server runs as another user
+        # As root, the server runs as another user.
+        write_if_changed(conf, "# Written at each start.\n" + postgres_conf(memory_limit()), mode=0o644)
         main, line = self._folder / "postgresql.conf", "include_if_exists = 'machine.conf'\n"
         if line not in main.read_text():
             with main.open("a") as file:
@@ -156,10 +197,14 @@ class PrivatePostgres:
 
 @dataclass(slots=True)
 class PrivateRabbitMQ:
-    """The distribution's RabbitMQ with its own node name, ports, cookie and data directory, on `cores` (None: all)."""
+    """The distribution's RabbitMQ with its own node name, ports, cookie and data directory, on `cores` (None: all).
+
+    `environment` is what its own commands (rabbitmqctl) need to find it.
+    """
 
     folder: Path
     cores: set[int] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
     _epmd: Child | None = None
     _broker: Child | None = None
     _ports: tuple[int, int, int] | None = None
@@ -167,6 +212,16 @@ class PrivateRabbitMQ:
 
     async def start(self) -> str:
         """Returns its URL. Raises BadSettings when RabbitMQ is not installed or does not start."""
+        try:
+            return await self._start()
+        except BadSettings:
+            await self.stop()
+            raise
+        except OSError as exc:  # a full disk, most likely
+            await self.stop()
+            raise BadSettings(f"RabbitMQ could not be started: {exc.strerror} ({exc.filename}).") from exc
+
+    async def _start(self) -> str:
         program = next((path for path in RABBITMQ_PATHS if os.access(path, os.X_OK)), None)
         program = program or shutil.which("rabbitmq-server")
         epmd = shutil.which("epmd")
@@ -179,7 +234,7 @@ class PrivateRabbitMQ:
         if self._ports is None:
             self._ports = (free_port(), free_port(), free_port())
         port, distribution_port, epmd_port = self._ports
-        environment = self._configure(port, distribution_port, epmd_port)
+        self.environment = environment = self._configure(port, distribution_port, epmd_port)
         # The name daemon would otherwise be started by the broker as a daemon that outlives it.
         self._epmd = await start(
             "epmd", [epmd, "-port", str(epmd_port), "-address", "127.0.0.1"], environment, self.folder / "epmd.log"
@@ -205,22 +260,22 @@ class PrivateRabbitMQ:
     def _password(self) -> str:
         path = self.folder / "password"
         if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(secrets.token_urlsafe(24))
+            write_if_changed(path, secrets.token_urlsafe(24))
         return path.read_text()
 
     def _configure(self, port: int, distribution_port: int, epmd_port: int) -> dict[str, str]:
         config = self.folder / "rabbitmq.conf"
-        config.touch(mode=0o600)
-        config.write_text(
+        write_if_changed(
+            config,
             f"listeners.tcp.1 = 127.0.0.1:{port}\n"
             f"default_user = qwen3\ndefault_pass = {self._password()}\n"
             "log.console = true\nlog.console.level = warning\nlog.file = false\n"
             # The write-ahead log's default of 512 MB is kept in memory too: more than a small machine's queues need.
             "raft.wal_max_size_bytes = 64000000\n"
+            f"disk_free_limit.absolute = {DISK_FREE_LIMIT}\n",
         )
         plugins = self.folder / "enabled_plugins"
-        plugins.write_text("[].\n")
+        write_if_changed(plugins, "[].\n")
         empty = self.folder / "rabbitmq-env.conf"
         empty.touch()
         return {

@@ -5,11 +5,18 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.core import watchdog
+
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h: the signal a process gets when its parent dies."""
+
+HUNG_S = 20.0
+"""A child that has said each second that its loop turns, and has not for this long, hangs. Blocked for shorter it was
+seen while a library loads; the broker gives up on it after as long, and hands its jobs to others."""
 
 
 @dataclass(slots=True)
@@ -20,6 +27,7 @@ class Child:
     argv: list[str]
     process: asyncio.subprocess.Process
     log: Path | None
+    ear: watchdog.Ear | None = None
 
     @property
     def exited(self) -> bool:
@@ -38,6 +46,29 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         await self.process.wait()
+        self.deafen()
+
+    async def ended(self) -> int:
+        """Its status, once it has ended; where it is watched, ends it when it hangs, with what it started."""
+        ending = asyncio.ensure_future(self.process.wait())
+        heard_at: float | None = None
+        try:
+            while not ending.done():
+                await asyncio.wait({ending}, timeout=1)
+                now = time.monotonic()
+                if self.ear is not None and self.ear.heard():
+                    heard_at = now
+                elif heard_at is not None and now - heard_at > HUNG_S and not ending.done():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.process.pid, signal.SIGKILL)
+            return ending.result()
+        finally:
+            ending.cancel()
+
+    def deafen(self) -> None:
+        """It is watched no more."""
+        if self.ear is not None:
+            self.ear.close()
 
     def tail(self, lines: int = 15) -> str:
         if self.log is None:
@@ -57,12 +88,16 @@ async def start(
     log: Path | None,
     cores: set[int] | None = None,
     pass_fds: tuple[int, ...] = (),
+    *,
+    watched: bool = False,
 ) -> Child:
     """Start a child with `environment` added to this process's, its output appended to `log` (None: as ours).
 
-    `cores` confines it to these; None leaves it free. It inherits `pass_fds`.
+    `cores` confines it to these; None leaves it free. It inherits `pass_fds`. Who is `watched` is to
+    say each second that it does not hang (core/watchdog.py).
     """
 
+    ear = watchdog.Ear() if watched else None
     libc = ctypes.CDLL(None)  # not after the fork, where another thread's lock may stay taken for ever
 
     def before_exec() -> None:
@@ -77,7 +112,7 @@ async def start(
             output = stack.enter_context(log.open("ab"))
         process = await asyncio.create_subprocess_exec(
             *argv,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **({watchdog.VARIABLE: ear.name} if ear else {})},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=None if output is None else asyncio.subprocess.STDOUT,
@@ -86,4 +121,4 @@ async def start(
             preexec_fn=before_exec,
             pass_fds=pass_fds,
         )
-    return Child(name, argv, process, log)
+    return Child(name, argv, process, log, ear)

@@ -17,6 +17,7 @@ import time
 
 from prometheus_client import multiprocess
 
+from server.core import watchdog
 from server.core.settings import BadSettings, Settings
 from server.core.signals import stop_event
 from server.process import Child, start
@@ -50,12 +51,14 @@ class ServerProcesses:
             sockets = [stack.enter_context(listening_socket(host, port, reuse_port=True)) for _ in places]
             keeping = [asyncio.create_task(self._keep(place, sockets[place], metrics)) for place in places]
             stopped = asyncio.create_task(stopping.wait())
+            beating = asyncio.create_task(watchdog.keep_beating())
             await asyncio.wait({stopped, *keeping}, return_when=asyncio.FIRST_COMPLETED)
             for task in (stopped, *keeping):
                 task.cancel()
             await asyncio.gather(stopped, *keeping, return_exceptions=True)
             timeout_s = self._settings.drain_timeout_s + STOP_GRACE_S
             await asyncio.gather(*(child.stop(timeout_s) for child in self._children.values()))
+            beating.cancel()
             # One that was still starting had nothing to drain, and ends by the signal.
             well = all(child.process.returncode in (0, -signal.SIGTERM) for child in self._children.values())
             return 0 if stopping.is_set() and well else 1
@@ -73,9 +76,12 @@ class ServerProcesses:
         delay_s = 1.0
         while True:
             began = time.monotonic()
-            child = await start(f"server {place}", argv, environment, None, pass_fds=(listening.fileno(),))
+            child = await start(
+                f"server {place}", argv, environment, None, pass_fds=(listening.fileno(),), watched=True
+            )
             self._children[place] = child
-            status = await child.process.wait()
+            status = await child.ended()
+            child.deafen()
             multiprocess.mark_process_dead(child.process.pid, metrics)  # type: ignore[no-untyped-call]  # has no types
             if status > 0 and time.monotonic() - self._began < START_S:
                 return

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from server.core.errors import DatabaseUnavailable, ServiceError
+from server.db.pool import within
 from server.db.store import Store
 
 COUNT_TIMEOUT_S = 1.0
@@ -71,8 +72,7 @@ class RateLimiter:
         """Each key's state after these requests."""
         if time.monotonic() >= self._down_until:
             try:
-                async with asyncio.timeout(COUNT_TIMEOUT_S):
-                    rows = await self._store.count_requests(requests)
+                rows = await within(COUNT_TIMEOUT_S, self._store.count_requests(requests))
             except (DatabaseUnavailable, TimeoutError):
                 self._down_until = time.monotonic() + DOWN_S
             else:

@@ -219,7 +219,7 @@ class Supervisor:
         environment["API_KEY"] = self._settings.api_key if name == "server" else ""
         if name not in ("server", "archive"):
             environment["DATABASE_URL"] = ""
-        self._children[name] = await start(name, argv, environment, log, plan.cores[name])
+        self._children[name] = await start(name, argv, environment, log, plan.cores[name], watched=True)
 
     async def _until_healthy(self, registry: Registry) -> None:
         """Ask `/health` until it says healthy, and say how far things are. Raises BadSettings if one dies."""
@@ -314,7 +314,7 @@ class Supervisor:
         delay = 1.0
         while True:
             child, began = self._children[name], time.monotonic()
-            status = await child.process.wait()
+            status = await child.ended()
             if time.monotonic() - began > STABLE_S:
                 delay = 1.0
             say(f"{name} ended with status {status}; starting it again in {delay:.0f} s. Log: {child.log}")

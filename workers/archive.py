@@ -44,7 +44,7 @@ class Archivist:
         embedding = registry.default("embedding")
         self.probe = Probe(settings.host, settings.metrics_port)
         self._pool = make_pool(settings.database_url, max_size=3)  # records, vectors, an index being built
-        self._store = Store(self._pool)
+        self._store = Store(self._pool, timeout_s=None)
         self._inbox = Inbox(settings.amqp_url, "archive", [embedding.id] if embedding else [], settings.queue_max_jobs)
         self._history = AmqpLink(settings.amqp_url, "archive history", self._setup)
         self._beacon = Beacon(self._inbox.publisher, "archive", "", self.probe)
@@ -76,6 +76,7 @@ class Archivist:
             for done in (writing, *others):
                 if done.done():
                     done.result()
+            self._beacon.say(leaving=True)
             return 0
         finally:
             self.probe.ready = False
@@ -88,11 +89,12 @@ class Archivist:
             await self.probe.stop()
 
     async def _setup(self, link: AmqpLink) -> None:
-        await link.declare_queue(topology.HISTORY)
         await link.declare_queue(topology.DEAD)
         # What an earlier connection delivered can no longer be acked, and comes again on this one.
         self._arrived = asyncio.Queue()
-        await link.consume(topology.HISTORY, lambda delivery: self._arrived.put_nowait(delivery), PREFETCH)
+        for queue in (topology.HISTORY, topology.HISTORY_BEFORE):
+            await link.declare_queue(queue)
+            await link.consume(queue, lambda delivery: self._arrived.put_nowait(delivery), PREFETCH)
 
     async def _write_all(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set():

@@ -17,7 +17,7 @@ from functools import partial
 
 import msgspec
 
-from server.core import metrics, topology
+from server.core import metrics, topology, watchdog
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
 from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode, encode_frames
@@ -42,6 +42,11 @@ FADING = 0.95
 HALT_S = 0.5
 """For an engine that was told to stop to hand over what it has made; then it is taken by force."""
 
+TOLD_HUNG_S = 6.0
+"""A model that owes an answer for this long, and does nothing, is not ready."""
+ENDED_HUNG_S = 10.0
+"""And after this long it is ended, so that its jobs go to another worker, or to this one when it was started again."""
+
 LOOKAHEAD = 1024
 """Jobs of a lane that a worker takes besides those it runs, to choose the next from by turns. What is not taken waits
 in the order it came; servers let few jobs of a key come at once (server/admission.py), so that this holds all."""
@@ -60,7 +65,9 @@ class Beacon:
         self.begun: dict[str, float] = {}
         self.lag_s = 0.0
         self.progress_at = 0.0
+        self.problem = ""
         self._made = 0
+        self._tokens_per_s = 0.0
 
     def progress(self, made: int = 1) -> None:
         """Count tokens, vectors or rows made."""
@@ -79,32 +86,40 @@ class Beacon:
         last, made = time.monotonic(), 0
         while True:
             await asyncio.sleep(1)
+            watchdog.beat()
+            if self._link.blocked:
+                continue  # it would pile up, and nobody wants to know later how things were
             now = time.monotonic()
-            rate = (self._made - made) / (now - last)
+            self._tokens_per_s = round((self._made - made) / (now - last), 1)
             last, made = now, self._made
             faded = ((server, FADING * jobs) for server, jobs in self.begun.items())
             self.begun = {server: jobs for server, jobs in faded if jobs >= 0.1}
-            status = Status(
-                worker=self.worker,
-                type=self.type,
-                model=self.model,
-                ready=self._probe.ready,
-                running=self.running,
-                waiting=self.waiting,
-                tokens_per_s=round(rate, 1),
-                progress_at=self.progress_at,
-                metrics_port=self._probe.port,
-                backlog=self.backlog,
-                lag_s=round(self.lag_s, 3),
-                slots=self.slots,
-                job_s=round(self.job_s, 3),
-                waiting_batch=self.waiting_batch,
-                begun={server: round(jobs, 2) for server, jobs in self.begun.items()},
-            )
-            try:
-                self._link.broadcast(topology.STATUS, encode(status))
-            except BrokerUnavailable:
-                continue  # it comes back by itself
+            self.say()
+
+    def say(self, *, leaving: bool = False) -> None:
+        """Once, now; `leaving` when this worker ends as it was asked to."""
+        status = Status(
+            worker=self.worker,
+            type=self.type,
+            model=self.model,
+            ready=self._probe.ready,
+            running=self.running,
+            waiting=self.waiting,
+            tokens_per_s=self._tokens_per_s,
+            progress_at=self.progress_at,
+            metrics_port=self._probe.port,
+            backlog=self.backlog,
+            lag_s=round(self.lag_s, 3),
+            problem=self.problem,
+            leaving=leaving,
+            slots=self.slots,
+            job_s=round(self.job_s, 3),
+            waiting_batch=self.waiting_batch,
+            begun={server: round(jobs, 2) for server, jobs in self.begun.items()},
+        )
+        # A broker that is away comes back by itself.
+        with contextlib.suppress(BrokerUnavailable):
+            self._link.broadcast(topology.STATUS, encode(status))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +172,15 @@ class Worker(ABC):
         self._listening_since = 0.0
         self._died = asyncio.Event()
         self._slots: dict[Lane, _Slots] = {"interactive": _Slots(1), "batch": _Slots(1)}
+        self._draining = False
+        self._asides: set[asyncio.Task[None]] = set()
         self._publisher = AmqpLink(
             settings.amqp_url, f"{self.type} {model} publish", self._setup_publisher, on_return=self._abandon
         )
         self._consumer = AmqpLink(
             settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer, on_lost=self._drop_waiting
         )
-        self._outbox = ReplyOutbox(self._publisher, lambda: self.beacon.running > 1)
+        self._outbox = ReplyOutbox(self._publisher, lambda: self.beacon.running > 1, self._give_up)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
 
     @abstractmethod
@@ -185,6 +202,14 @@ class Worker(ABC):
     def alive(self) -> bool:
         """Whether the model still works; asked once a second."""
         return True
+
+    def hung_s(self) -> float:
+        """For how long the model has owed an answer while it did nothing; asked once a second."""
+        return 0.0
+
+    def kill(self) -> None:
+        """End a model that hangs, so that it is `alive` no more. Only where `hung_s` tells of one."""
+        raise NotImplementedError
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status."""
@@ -219,21 +244,34 @@ class Worker(ABC):
         try:
             while not (stopped.done() or died.done()):
                 await asyncio.wait({stopped, died}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
-                if not self.alive():
-                    self._died.set()
+                self._look_after()
             if self._died.is_set():
                 logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
                 await self._take_no_more()
                 return 1  # unacked jobs go back to their queue
             await self._drain()
+            self.beacon.say(leaving=True)
             return 0
         finally:
             for task in (beating, feeling, stopped, died):
                 task.cancel()
 
+    def _look_after(self) -> None:
+        """A model that hangs is told of, then ended; one that has ended ends this worker."""
+        if not self.alive():
+            self._died.set()
+            return
+        hung_s = self.hung_s()
+        self.probe.ready = hung_s < TOLD_HUNG_S
+        self.beacon.problem = "" if self.probe.ready else f"its engine has not answered for {hung_s:.0f} s"
+        if hung_s >= ENDED_HUNG_S:
+            logger.critical("engine hangs", extra={"action": "engine_hangs", "model": self.model})
+            self.kill()
+
     async def _drain(self) -> None:
         logger.info("draining", extra={"action": "drain", "running": len(self._runs)})
-        self.probe.ready = False
+        self.probe.ready, self._draining = False, True
+        self.beacon.say()
         await self._take_no_more()
         tasks = [run.task for run in self._runs.values() if run.task is not None]
         if tasks:
@@ -247,7 +285,6 @@ class Worker(ABC):
         await link.declare_queue(topology.HISTORY)
 
     async def _setup_consumer(self, link: AmqpLink) -> None:
-        await link.declare_queue(topology.DEAD)
         await link.declare_jobs(self.model, self.settings.queue_max_jobs)
         await link.declare_fanout(topology.CONTROL)
         mine = f"control.{uuid.uuid4().hex[:12]}"
@@ -255,7 +292,11 @@ class Worker(ABC):
         await link.bind(mine, topology.CONTROL)
         self._listening_since = time.time()
         await link.consume(mine, self._on_control)
-        self._consumers = []
+        if self._draining:
+            return  # what this connection came back for is to finish what is in hand
+        # One suspect at a time: if it ends this worker, no other one counts a delivery.
+        suspects = topology.suspects_queue(self.model)
+        self._consumers = [await link.consume(suspects, partial(self._on_job, None), 1)]
         for lane, slots in self._slots.items():
             queue, take = topology.jobs_queue(self.model, lane), partial(self._on_job, lane)
             # Consumers of a higher priority are served first: a job goes to wait at a worker only once none has room.
@@ -312,9 +353,15 @@ class Worker(ABC):
         if run.handling:
             run.task.cancel()
 
-    def _on_job(self, lane: Lane, delivery: Delivery) -> None:
+    def _give_up(self, request_id: str) -> None:
+        """No more can be held of its answer."""
+        if run := self._runs.get(request_id):
+            self._end(run, Cancelled("No more of the answer can be held for the broker."))
+
+    def _on_job(self, lane: Lane | None, delivery: Delivery) -> None:
+        """Take a job from a lane's queue, or (None) from the suspects', who remember their lane."""
         try:
-            job = replace(decode(Job, delivery.body), lane=lane)
+            job = decode(Job, delivery.body)
         except msgspec.DecodeError:
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)
@@ -322,10 +369,19 @@ class Worker(ABC):
         if run := self._runs.get(job.id):
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
+        if lane is not None:
+            job = replace(job, lane=lane)
+            if delivery.attempt > topology.TRIES_TOGETHER:
+                aside = asyncio.create_task(self._set_aside(job, delivery))
+                self._asides.add(aside)  # or it may be collected before its end
+                aside.add_done_callback(self._asides.discard)
+                return
         run = self._runs[job.id] = _Run(job, delivery)
         if self._cancelled_early.pop(job.id, None) is not None:
             self._end(run, Cancelled("The request was cancelled."))
+        if lane is None or run.stopped is not None:
             self._start(run)
+            self._count()
         else:
             self._slots[lane].turns.add(job.key_id, run, job.weight)
             self._start_next(lane)
@@ -371,6 +427,16 @@ class Worker(ABC):
             self._give_back(run.delivery)
         else:
             self._consumer.ack(run.delivery)
+
+    async def _set_aside(self, job: Job, delivery: Delivery) -> None:
+        """Move a job whose workers were lost to the suspects."""
+        logger.warning("suspected", extra={"action": "suspect", "request_id": job.id, "attempt": delivery.attempt})
+        try:
+            await self._publisher.publish(topology.suspects_queue(self.model), encode(job), message_id=job.id)
+        except ServiceError:
+            self._give_back(delivery)
+        else:
+            self._consumer.ack(delivery)
 
     async def _run(self, run: _Run) -> None:
         started = time.monotonic()

@@ -1,5 +1,6 @@
 """The chat worker: jobs in, frames out, one engine. Knows neither vLLM nor what a dialect looks like."""
 
+import asyncio
 import time
 from contextlib import AsyncExitStack
 
@@ -9,6 +10,7 @@ from server.core.registry import ModelSpec
 from server.core.settings import Settings
 from workers.base import Answer, Worker
 from workers.engine import ChatEngine, start_engine
+from workers.heart import Heart, kill_below
 from workers.placement import keep_apart
 from workers.replies import Reply
 from workers.transcript import Transcript, asked, put_before_question
@@ -22,14 +24,20 @@ class ChatWorker(Worker):
         self._spec = spec
         self._stack = AsyncExitStack()
         self._engine: ChatEngine
+        self._heart: Heart
+        self._beating: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         self._engine = await self._stack.enter_async_context(start_engine(self._spec, self.settings))
         if self.settings.front:
             keep_apart(self.settings.front)
+        self._heart = Heart(self._engine.ask)
+        self._beating = asyncio.create_task(self._heart.run())
         return self._engine.max_num_seqs
 
     async def stop(self) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
         await self._stack.aclose()
 
     def alive(self) -> bool:
@@ -37,6 +45,11 @@ class ChatWorker(Worker):
 
     async def halt(self, job: Job) -> bool:
         return await self._engine.serving[job.api].halt(job.id)
+    def hung_s(self) -> float:
+        return self._heart.hung_s
+
+    def kill(self) -> None:
+        kill_below()
 
     async def handle(self, job: Job, reply: Reply) -> Answer:
         transcript = Transcript()

@@ -3,6 +3,7 @@
 Knows nothing of queues, keys or history.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import AsyncIterator
@@ -53,6 +54,13 @@ class ChatEngine:
     @property
     def alive(self) -> bool:
         return not self._client.errored
+
+    async def ask(self) -> None:
+        """Something that only the engine's own process can answer, between two of its steps."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):  # which `alive` tells
+            await self._client.is_paused()
 
 
 def _has_gpu() -> bool:

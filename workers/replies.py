@@ -3,16 +3,20 @@
 The broker's cost then grows with time, not with tokens. An engine's step makes a token for each of its streams at once,
 so that what it made goes together without waiting; only where steps are shorter than a tick, several share a message.
 While one stream runs nothing waits at all.
+
+While the broker cannot be sent to, frames are held, up to a bound: a short fault is then only a pause in the stream.
 """
 
 import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from server.core.amqp import AmqpLink
-from server.core.errors import BrokerUnavailable, ServiceError
+from server.core import topology
+from server.core.amqp import BLOCKED, AmqpLink
+from server.core.errors import AnswerLost, BrokerUnavailable, InvalidRequest, ServiceError
 from server.core.messages import ErrorFrame, Frame, FrameKind, encode, encode_frames
 
 TICK_S = 0.004
@@ -22,21 +26,34 @@ HOLD_S = 0.02
 """How long the word that a job was taken waits for the first token, which most often is there by then."""
 
 RETRY_S = 0.2
-"""How soon frames are tried again that found the connection down."""
+"""How soon frames are tried again that found the connection down or blocked."""
+
+HELD_MAX_BYTES = 64 * 2**20
+"""What is held at the most; past it every stream that waits is given up."""
+
+
+MAX_DATA_BYTES = topology.MAX_MESSAGE_BYTES - 2**20
+"""Of the frames in one message, beside what names them."""
 
 
 class ReplyOutbox:
-    """Collects frames by reply queue. `busy` says whether several streams share the tick."""
+    """Collects frames by reply queue. `busy` says whether several streams share the tick; `on_given_up` hears of each
+    request whose frames were thrown away, by its id."""
 
-    def __init__(self, link: AmqpLink, busy: Callable[[], bool]) -> None:
+    def __init__(
+        self, link: AmqpLink, busy: Callable[[], bool], on_given_up: Callable[[str], None] = lambda request_id: None
+    ) -> None:
         self._link = link
         self._busy = busy
+        self._on_given_up = on_given_up
         self._waiting: dict[str, list[Frame]] = {}
+        self._bytes = 0
         self._scheduled = False
         self._flushed_at = 0.0
 
     def add(self, reply_to: str, frame: Frame) -> None:
         self._waiting.setdefault(reply_to, []).append(frame)
+        self._bytes += len(frame.data)
         loop = asyncio.get_running_loop()
         if frame.kind == "started":
             loop.call_later(HOLD_S, self.flush)
@@ -53,16 +70,56 @@ class ReplyOutbox:
             return
         self._scheduled = False
         self._flushed_at = asyncio.get_running_loop().time()
-        waiting, self._waiting = self._waiting, {}
-        for reply_to, frames in waiting.items():
-            try:
-                self._link.send(reply_to, encode_frames(frames))
-            except BrokerUnavailable:
-                # Only this connection is down; whoever waits may still be there when it is back.
-                self._waiting[reply_to] = frames
+        if not self._link.blocked:
+            waiting, self._waiting, self._bytes = self._waiting, {}, 0
+            for reply_to, frames in waiting.items():
+                for some in _messages(frames):
+                    self._send(reply_to, some)
         if self._waiting and not self._scheduled:
+            if self._bytes > HELD_MAX_BYTES:
+                self._give_up()
             self._scheduled = True
             asyncio.get_running_loop().call_later(RETRY_S, self.flush)
+
+    def _send(self, reply_to: str, frames: list[Frame]) -> None:
+        try:
+            self._link.send(reply_to, encode_frames(frames))
+        except BrokerUnavailable:
+            # Only this connection is down; whoever waits may still be there when it is back.
+            self._waiting.setdefault(reply_to, []).extend(frames)
+            self._bytes += _size(frames)
+
+    def _give_up(self) -> None:
+        """Of each request that waits, an error is left in place of its frames."""
+        error = AnswerLost(BLOCKED)
+        data = encode(ErrorFrame(error.status, error.message))
+        given_up: list[str] = []
+        for reply_to, frames in self._waiting.items():
+            errors: dict[str, Frame] = {}
+            for frame in frames:
+                errors.setdefault(frame.request_id, replace(frame, kind="error", data=data))
+            self._waiting[reply_to] = list(errors.values())
+            given_up += errors
+        self._bytes = sum(_size(frames) for frames in self._waiting.values())
+        for request_id in given_up:
+            self._on_given_up(request_id)
+
+
+def _size(frames: list[Frame]) -> int:
+    return sum(len(frame.data) for frame in frames)
+
+
+def _messages(frames: list[Frame]) -> Iterator[list[Frame]]:
+    """The frames in order, in as few messages as the broker takes."""
+    some: list[Frame] = []
+    size = 0
+    for frame in frames:
+        size += len(frame.data)
+        if some and size > MAX_DATA_BYTES:
+            yield some
+            some, size = [], len(frame.data)
+        some.append(frame)
+    yield some
 
 
 class Reply:
@@ -80,6 +137,13 @@ class Reply:
 
     def send(self, kind: FrameKind, data: bytes = b"") -> None:
         if self.muted and kind != "error":
+            return
+        if len(data) > MAX_DATA_BYTES and kind != "error":
+            self.fail(
+                InvalidRequest(
+                    f"The answer is larger than {MAX_DATA_BYTES} bytes. Stream it, or ask for fewer logprobs."
+                )
+            )
             return
         elapsed_s = time.monotonic() - self._taken_at
         self._outbox.add(self._reply_to, Frame(self._request_id, self._run, next(self._seq), kind, data, elapsed_s))

@@ -17,17 +17,33 @@ from pika import spec
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
+from pika.heartbeat import HeartbeatChecker
 
 from server.core import metrics, topology
-from server.core.errors import BrokerUnavailable, QueueFull
+from server.core.errors import BrokerUnavailable, PayloadTooLarge, QueueFull
 from server.core.settings import BadSettings
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 20
+HEARTBEAT_S = 5
+"""Either side sends one each half of it. A peer that went dumb without an end is noticed after one to two of them; a
+process that is held up for two loses its connection."""
+CONNECT_TIMEOUT_S = 5.0
 RECONNECT_MAX_S = 3.0
+CONFIRM_TIMEOUT_S = 10.0
+"""A broker whose disk or quorum fails may live on and confirm nothing."""
 PRECONDITION_FAILED = 406
 LOST = "The message broker is not reachable. Try again shortly."
+BLOCKED = "The message broker is out of memory or disk and takes no work. Try again shortly."
+UNCONFIRMED = "The message broker did not take the message in time. Try again shortly."
+
+
+class PromptHeartbeat(HeartbeatChecker):  # type: ignore[misc]  # pika is Any to the type checker
+    """Looks each HEARTBEAT_S whether the broker was heard of; pika alone gives it 5 s more, each time."""
+
+    def _start_check_timer(self) -> None:
+        self._check_interval = self._timeout
+        super()._start_check_timer()
 
 
 class JoinedConnection(AsyncioConnection):  # type: ignore[misc]  # pika is Any to the type checker
@@ -35,6 +51,9 @@ class JoinedConnection(AsyncioConnection):  # type: ignore[misc]  # pika is Any 
     message has three, and the broker wakes for each."""
 
     _joined: list[bytes] | None = None
+
+    def _create_heartbeat_checker(self) -> HeartbeatChecker:
+        return PromptHeartbeat(self, self.params.heartbeat)
 
     def _adapter_emit_data(self, data: bytes) -> None:
         if self._joined is not None:
@@ -97,6 +116,12 @@ class AmqpLink:
     def connected(self) -> bool:
         return self._ready.is_set()
 
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker reads nothing from this connection, for want of memory or disk; it tells at the first
+        message that it does not read."""
+        return self._blocked
+
     async def start(self, timeout_s: float = 30.0) -> None:
         """Connect, and stay connected from then on. Raises BrokerUnavailable after `timeout_s`."""
         self._task = asyncio.create_task(self._stay_connected())
@@ -122,26 +147,37 @@ class AmqpLink:
                 await asyncio.wait_for(self._gone.wait(), 5)
             except TimeoutError:
                 logger.warning("broker did not confirm the close", extra={"action": "amqp_close"})
-        self._fail_unconfirmed()
+        self._fail_unconfirmed(LOST)
         self._ready.clear()
 
     async def publish(self, queue: str, body: bytes, *, message_id: str = "") -> None:
         """Send to a queue and wait until the broker has it.
 
-        Raises QueueFull when the queue refuses it, BrokerUnavailable when the broker is lost or blocked.
+        Raises QueueFull when the queue refuses it, BrokerUnavailable when the broker is lost, blocked or silent (it may
+        have the message all the same), and PayloadTooLarge.
         """
         await self.publish_soon(queue, body, message_id=message_id)
 
     def publish_soon(self, queue: str, body: bytes, *, message_id: str = "") -> asyncio.Future[None]:
         """`publish`, returning at once with what to wait for. What this link sends later arrives later."""
         if self._blocked:
-            raise BrokerUnavailable("The message broker is out of memory or disk and takes no work. Try again shortly.")
+            raise BrokerUnavailable(BLOCKED)
+        if len(body) > topology.MAX_MESSAGE_BYTES:
+            # The broker would close the channel over it, and cut off everybody else's.
+            raise PayloadTooLarge(f"The request is larger than {topology.MAX_MESSAGE_BYTES} bytes.")
         properties = pika.BasicProperties(message_id=message_id, delivery_mode=2, content_type="application/json")
         tag = self._basic_publish("", queue, body, properties, mandatory=False)
-        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Who waits may have gone by the time it fails; asyncio would complain that nobody looked.
-        confirmed.add_done_callback(lambda future: future.cancelled() or future.exception())
+        loop = asyncio.get_running_loop()
+        confirmed: asyncio.Future[None] = loop.create_future()
         self._unconfirmed[tag] = confirmed
+        timer = loop.call_later(CONFIRM_TIMEOUT_S, self._give_up, confirmed)
+
+        def settled(future: asyncio.Future[None]) -> None:
+            timer.cancel()
+            # Who waits may have gone by the time it fails; asyncio would complain that nobody looked.
+            _ = future.cancelled() or future.exception()
+
+        confirmed.add_done_callback(settled)
         return confirmed
 
     def send(self, queue: str, body: bytes) -> None:
@@ -187,13 +223,20 @@ class AmqpLink:
         return self._channel is not None and delivery.channel is self._channel and bool(self._channel.is_open)
 
     async def declare_jobs(self, model: str, max_length: int) -> None:
-        for lane in ("interactive", "batch"):
-            await self.declare_queue(topology.jobs_queue(model, lane), topology.jobs_arguments(max_length))
+        await self.declare_dead_letters()
+        for queue, arguments in topology.jobs_queues(model, max_length).items():
+            await self.declare_queue(queue, arguments)
+
+    async def declare_dead_letters(self) -> None:
+        await self.declare_fanout(topology.DEAD_LETTERS)
+        await self.declare_queue(topology.DEAD)
+        await self.bind(topology.DEAD, topology.DEAD_LETTERS)
 
     async def declare_queue(
         self, name: str, arguments: dict[str, Any] | None = None, *, exclusive: bool = False, passive: bool = False
     ) -> tuple[int, int]:
-        """Declare a durable (or exclusive) queue; returns (ready messages, consumers)."""
+        """Declare a durable (or exclusive) queue, with the topology's arguments for its name where none are given;
+        returns (ready messages, consumers)."""
         frame = await self._call(
             lambda channel, done: channel.queue_declare(
                 name,
@@ -201,7 +244,7 @@ class AmqpLink:
                 durable=not exclusive,
                 exclusive=exclusive,
                 auto_delete=exclusive,
-                arguments=arguments or {},
+                arguments=arguments or topology.ARGUMENTS.get(name),
                 callback=done,
             )
         )
@@ -333,11 +376,11 @@ class AmqpLink:
             on_open_error_callback=on_failed,
             on_close_callback=on_failed,
         )
-        connection.add_on_connection_blocked_callback(lambda _c, _f: self._set_blocked(True))
+        connection.add_on_connection_blocked_callback(lambda _c, f: self._set_blocked(True, f.method.reason))
         connection.add_on_connection_unblocked_callback(lambda _c, _f: self._set_blocked(False))
         self._connection, self._tags, self._blocked = connection, itertools.count(1), False
         try:
-            await asyncio.wait_for(asyncio.shield(opened), 10)
+            await asyncio.wait_for(asyncio.shield(opened), CONNECT_TIMEOUT_S)
             await self._setup(self)
         except TimeoutError as exc:
             raise BrokerUnavailable(LOST) from exc
@@ -345,11 +388,11 @@ class AmqpLink:
             if not opened.done() or opened.exception() is not None:
                 self._connection = None
 
-    def _set_blocked(self, blocked: bool) -> None:
+    def _set_blocked(self, blocked: bool, reason: str = "") -> None:
         self._blocked = blocked
         if blocked:
-            self._fail_unconfirmed()
-        logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked})
+            self._fail_unconfirmed(BLOCKED)
+        logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked, "reason": reason})
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method
@@ -371,12 +414,20 @@ class AmqpLink:
     def _lose(self) -> None:
         self._ready.clear()
         self._channel = None
-        self._fail_unconfirmed()
+        self._fail_unconfirmed(LOST)
         self._on_lost()
 
-    def _fail_unconfirmed(self) -> None:
+    def _fail_unconfirmed(self, why: str) -> None:
         """Whether the broker has them nobody knows; the receivers tell a second copy by its id."""
         unconfirmed, self._unconfirmed = self._unconfirmed, {}
         for confirmed in unconfirmed.values():
             if not confirmed.done():
-                confirmed.set_exception(BrokerUnavailable(LOST))
+                confirmed.set_exception(BrokerUnavailable(why))
+
+    def _give_up(self, confirmed: asyncio.Future[None]) -> None:
+        """Its place among the unconfirmed is kept: the broker may still tell of it."""
+        if not confirmed.done():
+            logger.warning(
+                "message not confirmed", extra={"action": "amqp_unconfirmed", "unconfirmed": len(self._unconfirmed)}
+            )
+            confirmed.set_exception(BrokerUnavailable(UNCONFIRMED))

@@ -36,18 +36,20 @@ class ServiceError(Exception):
 
     `message` is for the caller; `param` names the offending field as a dotted path, if there is one. `code` is
     OpenAI's word for it, empty where that has none. `may_have_run` says that the work may have been done, so
-    that a client that asks again on its own may pay twice.
+    that a client that asks again on its own may pay twice. `retry_after_s` has a default where asking again helps.
     """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = ""
     may_have_run: ClassVar[bool] = False
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(ServiceError):
@@ -121,6 +123,7 @@ class RecordRefused(ServiceError):
 
 class Unavailable(ServiceError):
     status = 503
+    retry_after_s = 2
 
 
 class BrokerUnavailable(Unavailable):
@@ -153,7 +156,6 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
         NotFound,
         MethodNotAllowed,
         PayloadTooLarge,
-        Unprocessable,
         Cancelled,
         TooManyRequests,
         EngineFailed,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 
 import uvicorn
@@ -14,6 +15,11 @@ MAX_HEAD_BYTES = 64 * 1024
 
 HEAD_TIMEOUT_S = 60.0
 """For a request's head to come to its end, as nginx has it."""
+
+LINGER_S = 1.0
+"""Nobody came for this long: whoever asks for readiness as often has heard, and keeps away."""
+LINGER_MAX_S = 5.0
+"""Who still comes after this long does not ask."""
 
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -77,6 +83,24 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(drain_timeout_s),
         )
         super().__init__(config)
+
+    async def drain(self, timeout_s: float, *, shared: bool) -> None:
+        """Let clients and balancers notice that this server leaves, then finish what runs and stop.
+
+        A client may send on a connection at the moment that it is closed, and would see it reset. So none is closed
+        while requests still come; each answer says `Connection: close` meanwhile, and readiness that it is over. Where
+        the listening socket is `shared` new connections wait in it for another process, else they are still taken.
+        """
+        began = time.monotonic()
+        if shared:
+            for server in self.servers:
+                server.close()
+        longest_s, seen = min(LINGER_MAX_S, timeout_s / 2), -1
+        while seen != self.server_state.total_requests and time.monotonic() - began < longest_s:
+            seen = self.server_state.total_requests
+            await asyncio.sleep(min(LINGER_S, longest_s))
+        self.config.timeout_graceful_shutdown = math.ceil(timeout_s - (time.monotonic() - began))
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

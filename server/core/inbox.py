@@ -14,7 +14,15 @@ import msgspec
 
 from server.core import topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import AnswerLost, BrokerUnavailable, DeadlineExceeded, from_status
+from server.core.continuation import Continuation, Differs, may_continue
+from server.core.errors import (
+    AnswerLost,
+    BrokerUnavailable,
+    DeadlineExceeded,
+    EngineFailed,
+    PayloadTooLarge,
+    from_status,
+)
 from server.core.messages import Cancel, ErrorFrame, Frame, Job, Lane, decode, decode_frames, encode
 
 logger = logging.getLogger(__name__)
@@ -24,10 +32,11 @@ DEADLINE_GRACE_S = 2.0
 
 
 class Waiter:
-    """The frames of one request, in order, of one run of its job.
+    """The frames of one request, in order, as if there had been one run of its job.
 
-    A job may be run again before anything was told of the first run; after that, a second run or a lost
-    frame ends the request with an error, so that no text is ever repeated or missing.
+    A job whose worker was lost is run again. If nothing was told of the first run, the second answers; else it goes
+    on where the first ended, where it says the same again (continuation.py). Where it does not, and where a frame was
+    lost, the request ends with an error: no text is ever repeated, missing or changed.
     """
 
     def __init__(self, job: Job) -> None:
@@ -36,6 +45,8 @@ class Waiter:
         self._run = ""
         self._seq = 0
         self._told = False
+        self._handed: list[Frame] | None = [] if may_continue(job) else None
+        self._again: Continuation | None = None
         self._frames: deque[Frame | Exception] = deque()
         self._reader: asyncio.Future[None] | None = None
         late = DeadlineExceeded("No worker answered before the request's deadline.")
@@ -52,22 +63,40 @@ class Waiter:
             if item.run != self._run and not self._begin(item):
                 return
             if item.seq != self._seq:
-                item = _cut_short()
-            elif item.kind == "started":
-                self._seq += 1
+                self._add(_cut_short())
                 return
-            else:
-                self._seq += 1
-                self._told = True
+            self._seq += 1
+            if item.kind == "started":
+                return
+            rest = item if self._again is None else self._new_of(item, self._again)
+            if rest is None:
+                return
+            self._told = True
+            if self._handed is not None:
+                self._handed.append(rest)
+            item = rest
         self._add(item)
+
+    def _new_of(self, frame: Frame, again: Continuation) -> Frame | None:
+        """What of a second run's frame was not told of the first."""
+        try:
+            return again.follow(frame)
+        except Differs:
+            logger.warning("the second run differs", extra={"action": "continue", "request_id": self.job.id})
+            self._add(_cut_short())
+            return None
 
     def _begin(self, frame: Frame) -> bool:
         """Follow the run of this frame from now on, if that is a new one."""
         if self._run and frame.kind != "started":
             return False  # of a run that was given up
         if self._told:
-            self._add(_cut_short())
-            return False
+            if self._handed is None:
+                self._add(_cut_short())
+                return False
+            self._again = Continuation(self.job, self._handed)
+            extra = {"action": "continue", "request_id": self.job.id, "frames": len(self._handed)}
+            logger.info("another worker goes on", extra=extra)
         self._run, self.started = frame.run, True
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
         return True
@@ -134,7 +163,7 @@ class Inbox:
         await asyncio.gather(self.publisher.close(), self.consumer.close())
 
     async def submit(self, job: Job, lane: Lane) -> Waiter:
-        """Queue a job whose `reply_to` is this inbox. Raises QueueFull or BrokerUnavailable.
+        """Queue a job whose `reply_to` is this inbox. Raises QueueFull, BrokerUnavailable or PayloadTooLarge.
 
         Whoever submits calls `release` at the end, whatever the end is.
         """
@@ -154,12 +183,15 @@ class Inbox:
         return waiter
 
     async def send(self, waiter: Waiter, lane: Lane) -> None:
-        """Queue the job. Raises QueueFull, BrokerUnavailable or DeadlineExceeded."""
+        """Queue the job. Raises QueueFull, BrokerUnavailable, PayloadTooLarge or DeadlineExceeded."""
         job = waiter.job
+        body = encode(job)
+        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
+            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
         waiter.sent = True
         try:
             async with asyncio.timeout(job.deadline - time.time()):
-                await self.publisher.publish(topology.jobs_queue(job.model, lane), encode(job), message_id=job.id)
+                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
         except TimeoutError as exc:
             raise DeadlineExceeded("The message broker did not take the request in time.") from exc
 
@@ -175,7 +207,7 @@ class Inbox:
             return  # the reply queue is gone too, and the worker stops by that
 
     async def _setup_publisher(self, link: AmqpLink) -> None:
-        await link.declare_queue(topology.DEAD)
+        await link.declare_dead_letters()
         await link.declare_queue(topology.HISTORY)
         await link.declare_fanout(topology.CONTROL)
         await link.declare_fanout(topology.STATUS)  # of an archivist that is the first to come
@@ -187,6 +219,11 @@ class Inbox:
         self.queue = topology.replies_queue(f"{self._name}-{uuid.uuid4().hex[:12]}")
         await link.declare_queue(self.queue, exclusive=True)
         await link.consume(self.queue, self._on_frames)
+        dead = f"{topology.DEAD_LETTERS}.{uuid.uuid4().hex[:12]}"
+        await link.declare_queue(dead, exclusive=True)
+        await link.declare_fanout(topology.DEAD_LETTERS)
+        await link.bind(dead, topology.DEAD_LETTERS)
+        await link.consume(dead, self._on_dead)
         if self._also_consume is not None:
             await self._also_consume(link)
 
@@ -205,6 +242,15 @@ class Inbox:
                     self.on_begun(frame.request_id)
             elif frame.kind == "started":
                 self.cancel(frame.request_id)  # by a worker that was not there to hear it the first time
+
+    def _on_dead(self, delivery: Delivery) -> None:
+        """A job was given up on, perhaps one of this process."""
+        try:
+            job = decode(Job, delivery.body)
+        except msgspec.DecodeError:
+            return  # whoever could not read it has logged it
+        if (waiter := self.waiting.get(job.id)) is not None:
+            waiter.put(EngineFailed("The worker was lost each time it tried this request. It is not tried again."))
 
     def _fail_all(self) -> None:
         """The reply queue went with the connection: no answer can arrive any more."""

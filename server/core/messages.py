@@ -114,10 +114,10 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Status:
     """A worker's load, sent once a second. `tokens_per_s` covers the second just past;
-    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. It runs `slots` jobs at once
-    at the most, which have taken `job_s` each of late (0: none has ended).
-    `waiting_batch` of those `waiting` are of the batch lane. `begun`: its jobs of late, by reply queue, the older ones
-    counting less."""
+    `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. `problem` says why it is not
+    ready, where it knows; `leaving` is its last word, after which it is not missed. It runs `slots` jobs at once at the
+    most, which have taken `job_s` each of late (0: none has ended). `waiting_batch` of those `waiting` are of the batch
+    lane. `begun`: its jobs of late, by reply queue, the older ones counting less."""
 
     worker: str
     type: WorkerType
@@ -131,6 +131,8 @@ class Status:
     backlog: int = 0
     lag_s: float = 0.0
     sent_at: float = field(default_factory=time.time)
+    problem: str = ""
+    leaving: bool = False
     slots: int = 0
     job_s: float = 0.0
     waiting_batch: int = 0

@@ -40,7 +40,9 @@ class Settings(BaseSettings):
         "", description="Keys, comma-separated, the first is the admin's; unset: one is made and shown once"
     )
     rate_limit_per_minute: int = Field(50, ge=0, description="Requests a key may make each minute; 0: no limit")
-    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request body; past it 413")
+    max_body_bytes: int = Field(
+        4 * 2**20, ge=1024, le=8 * 2**20, description="Largest request body, 8388608 at the most; past it 413"
+    )
     allowed_media_domains: str = Field(
         "", description="Hosts, comma-separated, that images, audio and video may be fetched from; unset: none"
     )

@@ -14,31 +14,63 @@ ASKS = "asks"
 """Fanout: `Ask` to every server."""
 STATUS = "status"
 """Fanout: `Status` to every server."""
-HISTORY = "history"
-"""Finished requests wait here until Postgres has them. A classic queue: quorum queues of RabbitMQ 4
-drop after 20 deliveries by default, and no record may be dropped."""
+HISTORY = "history.v2"
+"""Finished requests wait here until Postgres has them."""
+HISTORY_BEFORE = "history"
+"""Where versions before this one left them: a classic queue, of which a cluster has one copy."""
 DEAD = "dead"
 """Jobs that were delivered too often, for a person to look at."""
+DEAD_LETTERS = "dead-letters"
+"""Fanout: each job given up on, to `dead` and to every server, one of which has a client that waits for it."""
 
-TRIES = 3
-"""How often a job is tried before it is taken for poison: twice is bad luck with machines."""
+TRIES_TOGETHER = 2
+"""How often a job is tried among others. All jobs in hand of a worker that is lost count a delivery, so that one whose
+worker was lost this often is only under suspicion: twice is bad luck with machines."""
+TRIES_ALONE = 2
+"""How often a suspect is tried, one at a time on each worker, before it is taken for poison."""
+_LIMIT_TOGETHER = 2 * TRIES_TOGETHER + 2
+"""Never reached while workers set suspects aside; the broker is to have a limit all the same."""
+
+MAX_MESSAGE_BYTES = 12 * 2**20
+"""RabbitMQ 4 takes 16 MiB, and closes the channel over more."""
+MAX_JOB_BYTES = 8 * 2**20
+"""A record is its job and the answer, and has to fit as well: nobody could be told that it does not."""
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    # Without a limit of its own, RabbitMQ 4 drops what was delivered 20 times; no record may be dropped.
+    HISTORY: {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
+}
+"""Of queues with one name."""
 
 
 def jobs_queue(model: str, lane: Lane) -> str:
-    return f"jobs.{model}.{lane}"
+    """`v2`: these arguments are not those that queues named without it were declared with."""
+    return f"jobs.{model}.{lane}.v2"
+
+
+def suspects_queue(model: str) -> str:
+    return f"jobs.{model}.suspects"
 
 
 def replies_queue(server: str) -> str:
     return f"replies.{server}"
 
 
-def jobs_arguments(max_length: int) -> dict[str, Any]:
+def jobs_queues(model: str, max_length: int) -> dict[str, dict[str, Any]]:
+    """A model's queues of jobs and their arguments."""
+    lanes: tuple[Lane, ...] = ("interactive", "batch")
+    return {
+        **{jobs_queue(model, lane): _arguments(max_length, _LIMIT_TOGETHER) for lane in lanes},
+        suspects_queue(model): _arguments(max_length, TRIES_ALONE),
+    }
+
+
+def _arguments(max_length: int, tries: int) -> dict[str, Any]:
     """Quorum: the one type of queue that counts deliveries (and survives a node). Full means refused."""
     return {
         "x-queue-type": "quorum",
         "x-max-length": max_length,
         "x-overflow": "reject-publish",
-        "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": DEAD,
-        "x-delivery-limit": TRIES - 1,  # the broker counts what comes after the first
+        "x-dead-letter-exchange": DEAD_LETTERS,
+        "x-delivery-limit": tries - 1,  # the broker counts what comes after the first
     }

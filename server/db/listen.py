@@ -8,6 +8,8 @@ from typing import Protocol
 import psycopg
 from psycopg import sql
 
+from server.db.pool import cut, within
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
@@ -50,8 +52,13 @@ async def _hear(connection: psycopg.AsyncConnection[tuple[object, ...]], listene
     """Raises psycopg.Error or TimeoutError when the connection is lost."""
     while True:
         await _until_readable(connection.fileno(), HEARTBEAT_S)
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            await connection.execute("SELECT 1")  # raises where what could be read was the end
+        try:
+            await within(
+                ANSWER_TIMEOUT_S, connection.execute("SELECT 1")
+            )  # raises where what could be read was the end
+        except TimeoutError:
+            cut(connection)  # to leave it in peace takes an answer as well
+            raise
         async for notification in connection.notifies(timeout=0):
             listener.on_notified(notification.payload)
 

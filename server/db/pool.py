@@ -1,11 +1,15 @@
 """The connection pool, and the boundary where the driver's errors become the service's."""
 
+import asyncio
+import contextlib
 import logging
+import os
 import select
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import psycopg_pool
@@ -18,10 +22,19 @@ from server.core.errors import DatabaseUnavailable, RecordRefused
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Connection = psycopg.AsyncConnection[DictRow]
 Pool = psycopg_pool.AsyncConnectionPool[Connection]
 
 OPEN_TIMEOUT_S = 15.0
+QUERY_TIMEOUT_S = 10.0
+"""Of whatever somebody waits for; far more than any of these questions takes."""
+RECONNECT_S = 2.0
+"""How long the pool tries by itself. Then it tries when it is asked; left to itself it would wait ever longer, at last
+as long as the database was away."""
+NOTICE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+"""So that a Postgres whose machine went away without a word is noticed, where it is reached over TCP."""
 DOWN = "The database is not reachable. Try again shortly."
 
 
@@ -49,29 +62,53 @@ def make_pool(url: str, max_size: int = 8) -> Pool:
         min_size=1,
         max_size=max_size,
         timeout=5,
+        reconnect_timeout=RECONNECT_S,
         open=False,
         configure=_configure,
         check=_check,
-        kwargs={"row_factory": dict_row, "autocommit": True, "connect_timeout": 5},
+        kwargs={"row_factory": dict_row, "autocommit": True, "connect_timeout": 5, **NOTICE},
     )
 
 
 @asynccontextmanager
-async def connection(pool: Pool) -> AsyncIterator[Connection]:
-    """A connection from the pool.
+async def connection(pool: Pool, timeout_s: float | None = None) -> AsyncIterator[Connection]:
+    """A connection from the pool, which is cut after `timeout_s`: a Postgres that is frozen answers nobody.
 
     Raises RecordRefused for data that Postgres will never take, and DatabaseUnavailable for everything else
     that goes wrong (down, full, read-only, not migrated yet). The driver's text is not logged: it quotes rows.
     """
     try:
         async with pool.connection() as conn:
-            yield conn
+            cutting = timeout_s and asyncio.get_running_loop().call_later(timeout_s, cut, conn)
+            try:
+                yield conn
+            finally:
+                if cutting:
+                    cutting.cancel()
     except (psycopg.DataError, psycopg.IntegrityError) as exc:
         raise RecordRefused(f"The database refused the data ({type(exc).__name__}, {exc.sqlstate}).") from None
     except psycopg.Error as exc:
         extra = {"action": "database", "error": type(exc).__name__, "sqlstate": exc.sqlstate}
         logger.warning("database failed", extra=extra)
         raise DatabaseUnavailable(DOWN, retry_after_s=5) from None
+
+
+def cut(conn: psycopg.AsyncConnection[Any]) -> None:
+    """End a connection that gets no answer. To cancel what it waits for would be to wait for Postgres as well; to close
+    its socket, to leave it waiting."""
+    logger.warning("database silent", extra={"action": "database"})
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.fileno())) as own:
+        own.shutdown(socket.SHUT_RDWR)
+
+
+async def within(timeout_s: float, asking: Coroutine[Any, Any, T]) -> T:
+    """What is asked, or TimeoutError, at once: it is left to its own end, as cancelling it may take long as well."""
+    task = asyncio.create_task(asking)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # somebody has looked
+    await asyncio.wait({task}, timeout=timeout_s)
+    if not task.done():
+        raise TimeoutError
+    return task.result()
 
 
 def load_queries() -> dict[str, bytes]:

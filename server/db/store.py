@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from pgvector import HalfVector
 
 from server.core.messages import Record
-from server.db.pool import Pool, connection, load_queries
+from server.db.pool import QUERY_TIMEOUT_S, Pool, connection, load_queries
 
 Row = dict[str, Any]
+
+PING_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +53,25 @@ class SimilarQuery:
 
 
 class Store:
-    def __init__(self, pool: Pool) -> None:
+    """`timeout_s` bounds each question; None: whoever asks has time."""
+
+    def __init__(self, pool: Pool, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
         self._pool = pool
+        self._timeout_s = timeout_s
         self._queries = load_queries()
 
     async def _rows(self, query: str, parameters: dict[str, Any] | None = None) -> list[Row]:
-        async with connection(self._pool) as conn:
+        async with connection(self._pool, self._timeout_s) as conn:
             cursor = await conn.execute(self._queries[query], parameters)
             return await cursor.fetchall()
 
     async def _execute(self, query: str, parameters: dict[str, Any]) -> int:
         """Rows affected."""
-        async with connection(self._pool) as conn:
+        async with connection(self._pool, self._timeout_s) as conn:
             return (await conn.execute(self._queries[query], parameters)).rowcount
 
-    async def ping(self) -> None:
-        async with connection(self._pool) as conn:
+    async def ping(self, timeout_s: float = PING_TIMEOUT_S) -> None:
+        async with connection(self._pool, timeout_s) as conn:
             await conn.execute("SELECT 1")
 
     async def find_key(self, hash_: bytes) -> KeyRow | None:
@@ -148,7 +153,7 @@ class Store:
             "limit": query.limit,
             "threshold": query.threshold,
         }
-        async with connection(self._pool) as conn:
+        async with connection(self._pool, self._timeout_s) as conn:
             way = await (await conn.execute(self._queries["search_way"], parameters)).fetchone()
             if way is not None and way["indexed"]:
                 search = self._queries["similar_indexed"].replace(b"{dimensions}", b"%d" % way["dimensions"])

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from server.core.errors import DatabaseUnavailable
 from server.core.registry import ModelType, Registry
 from server.fleet import Fleet
-from server.schemas.service import Health, WorkerHealth
+from server.schemas.service import Health, Readiness, WorkerHealth
 
 router = APIRouter(tags=["service"])
 
@@ -35,13 +35,21 @@ async def check(request: Request) -> Health:
     rabbitmq = state.dispatcher.connected
     database = await _database_connected(request)
     status: Literal["healthy", "degraded", "unhealthy"]
+    missing = [m for m in registry.models if not fleet.has(m.type, m.id)]
     needed = registry.default("chat") or registry.default("embedding")
     if not (rabbitmq and database and needed and fleet.has(needed.type, needed.id)):
         status = "unhealthy"
-    elif not (fleet.has("archive") and all(fleet.has(m.type, m.id) for m in registry.models)):
+    elif missing or not fleet.has("archive"):
         status = "degraded"
     else:
         status = "healthy"
+    problems = [
+        *([] if rabbitmq else ["RabbitMQ is not connected"]),
+        *([] if database else ["Postgres does not answer"]),
+        *(f"no {m.type} worker for {m.id} is ready" for m in missing),
+        *([] if fleet.has("archive") else ["no archivist is ready"]),
+        *fleet.problems(),
+    ]
     now = time.time()
     workers = [
         WorkerHealth(
@@ -64,6 +72,7 @@ async def check(request: Request) -> Health:
         rabbitmq_connected=rabbitmq,
         database_connected=database,
         workers=workers,
+        problems=problems,
         notes=[m.description for m in registry.models if m.stand_in_for],
         timestamp=datetime.now(UTC),
     )
@@ -88,9 +97,12 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
-@router.get("/health/ready", responses={503: {"description": "Not ready for requests"}})
-async def ready(request: Request, response: Response) -> dict[str, str]:
+@router.get("/health/ready", responses={503: {"model": Readiness, "description": "Not ready for requests"}})
+async def ready(request: Request, response: Response) -> Readiness:
     """Whether this process should be sent requests."""
+    if request.app.state.draining:
+        response.status_code = 503
+        return Readiness(status="not ready", problems=["this server is stopping"])
     result = await check(request)
     response.status_code = 503 if result.status == "unhealthy" else 200
-    return {"status": "not ready" if result.status == "unhealthy" else "ready"}
+    return Readiness(status="ready" if result.status != "unhealthy" else "not ready", problems=result.problems)

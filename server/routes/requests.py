@@ -49,6 +49,7 @@ async def find_request(request: Request, request_id: str) -> RequestInfo:
 
 
 EVENTS = streaming("An event of its dialect")
+EVENTS[200]["content"]["application/json"] = {}  # of a request that is not streamed
 
 
 @router.get("/v1/requests/{request_id}/events", response_class=Response, responses=EVENTS)

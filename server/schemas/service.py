@@ -40,5 +40,11 @@ class Health(BaseModel):
     rabbitmq_connected: bool
     database_connected: bool
     workers: list[WorkerHealth]
+    problems: list[str] = Field(description="What is wrong, naming the worker where it is one")
     notes: list[str] = Field(description="What a person should know, such as stand-ins")
     timestamp: datetime
+
+
+class Readiness(BaseModel):
+    status: Literal["ready", "not ready"]
+    problems: list[str] = Field(description="What is wrong; some of it need not keep requests from being answered")

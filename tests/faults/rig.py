@@ -125,6 +125,19 @@ async def _make_key(store: Store, name: str, *, is_admin: bool) -> str:
     return key
 
 
+async def healthy(client: httpx.AsyncClient) -> bool:
+    """Whether all parts are there, the archivist aside."""
+    answer = await client.get("/health")
+    return answer.status_code == 200
+
+
+async def history(client: httpx.AsyncClient, count: int) -> list[dict[str, Any]] | None:
+    """The key's history once it has so many entries; fails when it has more."""
+    entries: list[dict[str, Any]] = (await client.get("/chat/history?limit=1000")).json()
+    assert len(entries) <= count, entries
+    return entries if len(entries) == count else None
+
+
 async def answers(url: str) -> bool:
     async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
         try:

@@ -6,9 +6,10 @@ import socket
 
 import pytest
 
-from server.core import topology
+from server.core import amqp, topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import BrokerUnavailable, QueueFull
+from server.core.errors import BrokerUnavailable, PayloadTooLarge, QueueFull
+from tests.faults.broker import Proxy
 
 
 async def nothing(link: AmqpLink) -> None:
@@ -54,19 +55,18 @@ async def test_an_unacked_job_is_delivered_again_until_it_is_dead(amqp_url: str)
         link.reject(delivery, requeue=True)
 
     async def setup(own: AmqpLink) -> None:
-        await own.declare_queue(topology.DEAD)
         await own.declare_jobs(model, 10)
 
     link = AmqpLink(amqp_url, "test", setup)
     await link.start()
     body = secrets.token_bytes(8)
-    await link.publish(topology.jobs_queue(model, "interactive"), body)
+    await link.publish(topology.suspects_queue(model), body)
     # When it is consumed
-    await link.consume(topology.jobs_queue(model, "interactive"), give_back, prefetch=1)
+    await link.consume(topology.suspects_queue(model), give_back, prefetch=1)
     await link.consume(topology.DEAD, lambda delivery: dead.append(delivery.body))
     # Then it comes again with its number of attempts, and at last goes to the dead letters
     await until(lambda: body in dead)
-    assert attempts == list(range(1, topology.TRIES + 1))
+    assert attempts == list(range(1, topology.TRIES_ALONE + 1))
     await link.close()
 
 
@@ -108,6 +108,45 @@ async def test_what_cannot_be_routed_is_told(amqp_url: str) -> None:
     link.send("replies.nobody", b"x")
     await until(lambda: gone == ["replies.nobody"])
     await link.close()
+
+
+async def test_a_message_that_no_broker_takes_is_refused_here(amqp_url: str) -> None:
+    # Given a link that waits for a confirm
+    name = f"test-{secrets.token_hex(4)}"
+    link = AmqpLink(amqp_url, "test", lambda own: declared(own, name))
+    await link.start()
+    before = link.publish_soon(name, b"before")
+    # When it is given more than RabbitMQ takes
+    with pytest.raises(PayloadTooLarge):
+        await link.publish(name, b"x" * (topology.MAX_MESSAGE_BYTES + 1))
+    # Then that is refused and nothing else; and the most it takes, any broker takes
+    await before
+    await link.publish(name, b"x" * topology.MAX_MESSAGE_BYTES)
+    assert topology.MAX_MESSAGE_BYTES < 16 * 2**20
+    await link.close()
+
+
+async def declared(link: AmqpLink, name: str) -> None:
+    await link.declare_queue(name)
+
+
+async def test_a_silent_broker_is_an_error_in_time(amqp_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a broker that confirms nothing, and lives
+    monkeypatch.setattr(amqp, "CONFIRM_TIMEOUT_S", 0.3)
+    name = f"test-{secrets.token_hex(4)}"
+    proxy = Proxy(amqp_url)
+    await proxy.start()
+    link = AmqpLink(proxy.url, "test", lambda own: declared(own, name))
+    await link.start()
+    proxy.go_dumb()
+    # When something is published, then it is given up; and what the broker says of it later does no harm
+    with pytest.raises(BrokerUnavailable, match="in time"):
+        await link.publish(name, b"first")
+    proxy.heal()
+    await until(lambda: not link._unconfirmed)
+    await link.publish(name, b"second")
+    await link.close()
+    await proxy.stop()
 
 
 async def test_no_broker_is_an_error_in_time() -> None:

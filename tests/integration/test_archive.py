@@ -101,6 +101,17 @@ async def test_chats_are_kept_where_there_is_no_embedding_model(
                 await asyncio.sleep(0.05)
 
 
+async def test_what_an_older_version_left_is_kept(
+    settings: Settings, publisher: AmqpLink, store: Store, key_id: int
+) -> None:
+    await publisher.declare_queue(topology.HISTORY_BEFORE)
+    await publisher.publish(topology.HISTORY_BEFORE, encode(record(key_id, "before")))
+    async with archivist(settings), asyncio.timeout(10):
+        while not await store.history(key_id, ALL):
+            await asyncio.sleep(0.05)
+    assert (await publisher.declare_queue(topology.HISTORY_BEFORE, passive=True))[0] == 0
+
+
 async def test_a_record_nobody_can_write_does_not_hold_up_the_others(
     settings: Settings, publisher: AmqpLink, store: Store, key_id: int
 ) -> None:

@@ -10,7 +10,7 @@ from server import fleet as fleet_module
 from server.core import topology
 from server.core.amqp import Delivery
 from server.core.messages import Status, encode
-from server.fleet import STALE_S, Fleet
+from server.fleet import FORGOTTEN_S, STALE_S, Fleet
 
 
 class FakeLink:
@@ -165,3 +165,25 @@ async def test_a_word_nobody_understands_is_passed_over(fleet: Fleet, link: Fake
     link.deliver(body)
     # And who was known still is
     assert [w.worker for w in fleet.workers()] == ["chat-1"]
+
+
+async def test_a_worker_that_falls_silent_is_missed_by_name(fleet: Fleet, link: FakeLink, clock: FakeClock) -> None:
+    # Given two workers, of which one leaves as it was asked to
+    link.deliver(chat("chat-1"))
+    link.deliver(chat("chat-2"))
+    link.deliver(encode(Status("chat-2", "chat", "talker", ready=False, leaving=True)))
+    assert [w.worker for w in fleet.workers()] == ["chat-1"]
+    assert fleet.problems() == []
+    # When both are silent, then only the other is missed
+    clock.now += STALE_S + 1
+    assert fleet.problems() == ["chat worker chat-1 (talker): not heard of for 6 s"]
+    # Until nobody cares any more
+    clock.now += FORGOTTEN_S
+    assert fleet.problems() == []
+
+
+async def test_a_worker_says_itself_what_is_wrong(fleet: Fleet, link: FakeLink) -> None:
+    link.deliver(encode(Status("chat-1", "chat", "talker", ready=False, problem="its engine sleeps")))
+    assert fleet.problems() == ["chat worker chat-1 (talker): its engine sleeps"]
+    link.deliver(chat("chat-1"))
+    assert fleet.problems() == []

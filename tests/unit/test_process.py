@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from server import process as process_module
 from server.process import Child, start
 
 PROJECT = Path(__file__).parents[2]
@@ -223,3 +224,33 @@ async def test_a_child_does_not_outlive_a_parent_that_was_killed(log: Path) -> N
             await parent.wait()
         if alive(child):
             os.kill(child, signal.SIGKILL)
+
+
+BEATS = """
+import os, signal, sys, time
+from server.core import watchdog
+for _ in range(int(sys.argv[1])):
+    watchdog.beat()
+    time.sleep(0.5)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("beats", "hangs"), [(2, True), (0, False), (60, False)])
+async def test_a_watched_child_that_falls_silent_is_ended(
+    log: Path, monkeypatch: pytest.MonkeyPatch, beats: int, hangs: bool
+) -> None:
+    # Given a child that says for a while that it lives; one that never did may still be loading
+    monkeypatch.setattr(process_module, "HUNG_S", 3.0)
+    argv = [sys.executable, "-c", BEATS, str(beats)]
+    child = await start("child", argv, {"PYTHONPATH": str(PROJECT)}, log, watched=True)
+    try:
+        # When it is watched, then it is ended if it hangs, and only then
+        if hangs:
+            assert await asyncio.wait_for(child.ended(), 20) == -signal.SIGKILL
+        else:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(child.ended(), 7)
+            assert not child.exited
+    finally:
+        await child.stop(timeout_s=0)

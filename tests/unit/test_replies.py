@@ -20,7 +20,7 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, list[Frame]]] = []
-        self.lost = False
+        self.lost = self.blocked = False
 
     def send(self, queue: str, body: bytes) -> None:
         if self.lost:
@@ -135,6 +135,56 @@ async def test_frames_for_a_lost_broker_wait_until_it_is_back(link: FakeLink, mo
     # And only once
     await asyncio.sleep(0.05)
     assert len(link.sent) == 2
+
+
+async def test_a_blocked_broker_is_sent_nothing_and_what_is_held_is_bounded(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given two streams, and a broker that takes nothing
+    monkeypatch.setattr(replies, "RETRY_S", 0.01)
+    monkeypatch.setattr(replies, "HELD_MAX_BYTES", 1000)
+    given_up: list[str] = []
+    outbox = ReplyOutbox(link, lambda: True, given_up.append)  # type: ignore[arg-type]
+    link.blocked = True
+    streams = {"r1": Reply(outbox, "replies.a", "r1"), "r2": Reply(outbox, "replies.b", "r2")}
+    for reply in streams.values():
+        reply.send("started")
+        reply.send("chunk", b"x" * 100)
+    await asyncio.sleep(0.05)
+    assert link.sent == []
+    assert given_up == []
+    # When they go on for long
+    for _ in range(20):
+        for reply in streams.values():
+            reply.send("chunk", b"x" * 100)
+    await asyncio.sleep(0.05)
+    # Then both are given up, and nothing of them is held but that
+    assert given_up == ["r1", "r2"]
+    link.blocked = False
+    async with asyncio.timeout(5):
+        while len(link.sent) < 2:
+            await asyncio.sleep(0.001)
+    for (_, (told,)), request_id in zip(link.sent, streams, strict=True):
+        assert (told.request_id, told.seq, told.kind) == (request_id, 0, "error")
+        assert decode(ErrorFrame, told.data).status == 503
+
+
+async def test_frames_go_in_as_many_messages_as_the_broker_takes(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given frames that are larger together than a message may be
+    monkeypatch.setattr(replies, "MAX_DATA_BYTES", 100)
+    outbox = outbox_of(link, busy=True)
+    for number in range(5):
+        outbox.add("replies.a", Frame("r1", "run", number, "chunk", b"x" * 40))
+    outbox.flush()
+    # Then they are several messages, in order
+    assert [[frame.seq for frame in frames] for _, frames in link.sent] == [[0, 1], [2, 3], [4]]
+    # And an answer that is too large by itself becomes an error, which harms nobody else
+    Reply(outbox, "replies.a", "r2").send("result", b"x" * 101)
+    outbox.flush()
+    (told,) = link.sent[-1][1]
+    assert (told.kind, decode(ErrorFrame, told.data).status) == ("error", 400)
 
 
 async def test_a_reply_addresses_and_counts_its_frames(link: FakeLink) -> None:

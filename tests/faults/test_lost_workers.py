@@ -1,0 +1,269 @@
+"""A chat worker that is killed or freezes, with a real engine: what was accepted is answered, once."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from server.process import Child
+from tests.faults.rig import Rig, answers, healthy, history, rig, until
+from workers.smoke import recipe_hash
+
+MODEL = "qwen3-smoke"
+COUNT = [{"role": "user", "content": "Count to fifteen."}]
+WEATHER = {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]}
+
+
+@pytest.fixture(scope="module")
+def weights(request: pytest.FixtureRequest) -> Path:
+    """The stand-in, taught once for as long as its recipe stays."""
+    folder: Path = request.config.cache.mkdir("smoke") / recipe_hash()
+    if not (folder / "config.json").exists():
+        subprocess.run([sys.executable, "-m", "workers", "smoke", "--out", str(folder)], check=True)
+    return folder
+
+
+class Service:
+    """A server, an archivist, and one engine, which is started again only when a test says so."""
+
+    def __init__(self, parts: Rig, url: str) -> None:
+        self.parts = parts
+        self.url = url
+        self.worker: Child
+        self._started = 0
+
+    async def start_worker(self) -> None:
+        self._started += 1
+        argv = ("workers", "chat", "--model", MODEL)
+        self.worker = await self.parts.run(f"chat-{self._started}", *argv, FRONT_CORES="1")
+
+    async def ready(self, client: httpx.AsyncClient) -> None:
+        await until(lambda: self.worker.exited or healthy(client), timeout_s=180)
+        assert not self.worker.exited, self.worker.tail()
+
+    def engine(self) -> psutil.Process:
+        """The process that computes."""
+        (core,) = [p for p in psutil.Process(self.worker.process.pid).children() if "EngineCore" in p.name()]
+        return core
+
+
+@pytest.fixture(scope="module")
+async def service(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+    async with rig(tmp_path_factory.mktemp("lost")) as parts:
+        engine = {
+            "reasoning_parser": "qwen3",
+            "tool_call_parser": "hermes",
+            "enable_auto_tool_choice": True,
+            "kv_cache_memory_bytes": 256 * 1024**2,
+            "dtype": "float32",
+        }
+        parts.serve(**{MODEL: {"source": str(weights), "engine": engine}})
+        url, _ = await parts.server()
+        await parts.archive()
+        made = Service(parts, url)
+        await made.start_worker()
+        async with parts.client(url) as client:
+            await made.ready(client)
+        yield made
+
+
+def streams() -> dict[str, tuple[str, dict[str, Any]]]:
+    """A long stream of each kind: its path and its body."""
+    long = {"model": MODEL, "stream": True, "max_tokens": 1200}
+    chat = {**long, "messages": COUNT, "ignore_eos": True}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}
+    weather = [{"role": "user", "content": "What is the weather in Tokyo and Paris?"}]
+    sampled = {"temperature": 1.0, "seed": 7}
+    return {
+        "greedy": ("/v1/chat/completions", {**chat, "temperature": 0, "stream_options": {"include_usage": True}}),
+        "seeded": ("/v1/chat/completions", {**chat, **sampled, "enable_thinking": True}),
+        "choices": ("/v1/chat/completions", {**chat, **sampled, "n": 2}),
+        "tools": ("/v1/chat/completions", {**chat, "temperature": 0, "messages": weather, "tools": [tool]}),
+        "native": ("/chat", {**long, "messages": COUNT, "temperature": 0}),
+        "completion": ("/v1/completions", {**long, "prompt": "One two", "ignore_eos": True, **sampled}),
+        "gateway": ("/ai/v1/chat/completions", {**chat, "temperature": 0}),
+        "messages": ("/v1/messages", {**long, "messages": COUNT, "temperature": 0, "top_k": 1}),
+        "responses": ("/v1/responses", {"model": MODEL, "stream": True, "input": "Hi", **sampled,
+                                        "max_output_tokens": 1200, "top_p": 1.0}),
+    }  # fmt: skip
+
+
+async def read(client: httpx.AsyncClient, path: str, body: dict[str, Any], lines: list[str]) -> None:
+    """The data of a stream's events, as they come."""
+    async with client.stream("POST", path, json=body) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: "):
+                lines.append(line.removeprefix("data: "))
+
+
+def text_of(lines: list[str]) -> dict[str, str]:
+    """Every text of a stream, joined by the field and the place it stands in. Fails on an error event."""
+    texts: dict[str, str] = {}
+
+    def add(place: str, text: Any) -> None:
+        if isinstance(text, str) and text:
+            texts[place] = texts.get(place, "") + text
+
+    for line in lines:
+        if line == "[DONE]":
+            texts["done"] = "yes"
+            continue
+        event = json.loads(line)
+        assert "error" not in event, event
+        assert event.get("type") != "error", event
+        for choice in event.get("choices") or []:
+            at = str(choice["index"])
+            add(f"{at} text", choice.get("text"))
+            add(f"{at} finish", choice.get("finish_reason"))
+            delta = choice.get("delta") or {}
+            for field in ("role", "content", "reasoning", "reasoning_content"):
+                add(f"{at} {field}", delta.get(field))
+            for call in delta.get("tool_calls") or []:
+                for field in ("name", "arguments"):
+                    add(f"{at} call {call['index']} {field}", call["function"].get(field))
+        if "content" in event and "choices" not in event:
+            add("content", event["content"])
+        if usage := event.get("usage"):
+            texts["tokens"] = str(usage.get("completion_tokens") or usage.get("output_tokens"))
+        if (kind := event.get("type")) is None or kind == "ping":
+            continue
+        delta = event.get("delta")
+        place = f"{kind} {event.get('index')} {event.get('output_index')}"
+        if isinstance(delta, str):
+            add(place, delta)
+        elif kind == "content_block_delta":
+            add(f"{place} {delta['type']}", delta.get("text") or delta.get("thinking") or delta.get("partial_json"))
+        else:
+            texts[place] = texts.get(place, "") + "once"
+    return texts
+
+
+async def test_killed_in_the_middle_of_streams(service: Service) -> None:
+    async with service.parts.client(service.url) as client:
+        client.timeout = httpx.Timeout(300)
+        # Given what each stream says when nothing happens
+        kinds = streams()
+        whole: dict[str, list[str]] = {kind: [] for kind in kinds}
+        await asyncio.gather(*(read(client, *kinds[kind], whole[kind]) for kind in kinds))
+        # When the worker is killed in the middle of all of them
+        got: dict[str, list[str]] = {kind: [] for kind in kinds}
+        reading = [asyncio.create_task(read(client, *kinds[kind], got[kind])) for kind in kinds]
+        long = [kind for kind in kinds if len(whole[kind]) > 60]
+        await until(lambda: all(len(got[kind]) > 20 for kind in long))
+        service.worker.process.kill()
+        before = {kind: len(lines) for kind, lines in got.items()}
+        assert all(len(got[kind]) < len(whole[kind]) for kind in long), before
+        # And started again
+        await service.start_worker()
+        await asyncio.gather(*reading)
+    # Then each goes on, and says what it would have said
+    assert len(long) >= 6, {kind: len(lines) for kind, lines in whole.items()}
+    for kind in kinds:
+        assert text_of(got[kind]) == text_of(whole[kind]), kind
+    for kind in long:
+        assert len(got[kind]) > before[kind], kind
+
+
+async def test_killed_before_the_first_token(service: Service) -> None:
+    key = await service.parts.new_key("before the first token")
+    async with service.parts.client(service.url, key) as client:
+        await service.ready(client)
+        # Given a worker that has taken a chat, and whose engine has made nothing of it
+        service.engine().suspend()
+        body = {"model": MODEL, "messages": COUNT, "temperature": 0}
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json=body, timeout=240))
+        await until(lambda: running(client))
+        # When it is killed
+        service.worker.process.kill()
+        await service.worker.stop(timeout_s=1)
+        # Then new chats are refused meanwhile
+        async with service.parts.client(service.url) as other:
+            await until(lambda: refused(other, body), timeout_s=15)
+        # And the one that was accepted is answered by the one started again
+        await service.start_worker()
+        answer = await asking
+        assert answer.status_code == 200, answer.text
+        # Once, and kept and counted once
+        (kept,) = await until(lambda: history(client, 1))
+        assert kept["messages"][-1]["content"] == answer.json()["choices"][0]["message"]["content"]
+        await asyncio.sleep(2)
+        assert await history(client, 1)
+        usage = (await client.get("/usage")).json()
+        assert usage["total_requests"] == 1
+        assert usage["completion_tokens"] == answer.json()["usage"]["completion_tokens"]
+
+
+async def running(client: httpx.AsyncClient) -> bool:
+    workers = (await client.get("/health")).json()["workers"]
+    return any(worker["running"] for worker in workers if worker["type"] == "chat")
+
+
+async def refused(client: httpx.AsyncClient, body: dict[str, Any]) -> bool:
+    try:
+        answer = await client.post("/v1/chat/completions", json=body, timeout=1)
+    except httpx.ReadTimeout:
+        return False  # not noticed yet
+    assert answer.status_code == 503
+    return "retry-after" in answer.headers
+
+
+async def test_an_engine_that_freezes(service: Service) -> None:
+    async with service.parts.client(service.url) as client:
+        await service.ready(client)
+        # Given a stream in the middle
+        lines: list[str] = []
+        path, body = streams()["greedy"]
+        reading = asyncio.create_task(read(client, path, body, lines))
+        await until(lambda: len(lines) > 20)
+        # When the process that computes freezes
+        service.engine().suspend()
+        frozen_at = time.monotonic()
+        # Then readiness fails within 15 s, and names the worker
+        told = await until(lambda: not_ready(client), timeout_s=15)
+        assert any("chat worker chat-" in problem for problem in told), told
+        assert time.monotonic() - frozen_at < 15
+        # And the worker ends by itself, and leaves nothing of it
+        assert await asyncio.wait_for(service.worker.process.wait(), 30) == 1
+        # And its stream goes on when it is started again
+        await service.start_worker()
+        await reading
+        whole: list[str] = []
+        await read(client, path, body, whole)
+        assert text_of(lines) == text_of(whole)
+
+
+async def not_ready(client: httpx.AsyncClient) -> list[str] | None:
+    answer = await client.get("/health/ready")
+    problems: list[str] = answer.json()["problems"]
+    return problems if answer.status_code == 503 and any("worker chat-" in problem for problem in problems) else None
+
+
+async def test_a_long_step_is_no_freeze(service: Service) -> None:
+    """The engine computes, and answers nothing for longer than a frozen one is let live."""
+    async with service.parts.client(service.url) as client:
+        await service.ready(client)
+        assert await answers(f"{service.url}/health/ready")
+        core = service.engine()
+        # Given an engine that moves on now and then only
+        for _ in range(60):
+            core.suspend()
+            await asyncio.sleep(0.2)
+            core.resume()
+            await asyncio.sleep(0.05)
+        # Then it is let be
+        assert not service.worker.exited
+        answer = await client.post("/v1/chat/completions", json={"model": MODEL, "messages": COUNT})
+        assert answer.status_code == 200, answer.text
+        os.kill(service.worker.process.pid, signal.SIGTERM)
+        assert await asyncio.wait_for(service.worker.process.wait(), 60) == 0

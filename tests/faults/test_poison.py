@@ -1,0 +1,118 @@
+"""A job that ends its worker each time: it is given up on, its client is told, and nobody else is harmed."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pika
+
+from server.core import topology
+from server.core.messages import Job, decode
+from tests.faults.rig import MODEL, Rig, healthy, history, until
+
+
+@asynccontextmanager
+async def kept_alive(rig: Rig) -> AsyncIterator[list[int]]:
+    """A worker that is started again whenever it ends, as `up` does; how it ended, each time."""
+    ends: list[int] = []
+
+    async def keep() -> None:
+        while True:
+            child = await rig.run(f"worker-{len(ends)}", "tests.faults.worker", "--model", MODEL)
+            ends.append(await child.process.wait())
+
+    keeping = asyncio.create_task(keep())
+    try:
+        yield ends
+    finally:
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
+
+
+def dead_letters(amqp_url: str) -> list[tuple[Job, str]]:
+    """What a person finds in `dead`: each job and why it is there."""
+    found = []
+    with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
+        channel = connection.channel()
+        while True:
+            method, properties, body = channel.basic_get(topology.DEAD, auto_ack=True)
+            if method is None:
+                return found
+            found.append((decode(Job, body), properties.headers["x-death"][0]["reason"]))
+
+
+async def test_a_job_that_kills_its_worker_each_time(parts: Rig) -> None:
+    # Given a service whose worker is started again when it ends
+    url, _ = await parts.server()
+    await parts.archive()
+    async with kept_alive(parts) as ends, parts.client(url) as client:
+        await until(lambda: healthy(client))
+
+        async def ask(text: str, session: str) -> tuple[int, str, float]:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": text}]}
+            began = time.monotonic()
+            answer = await client.post("/v1/chat/completions", json=body, headers={"X-Session-Id": session})
+            return answer.status_code, answer.text, time.monotonic() - began
+
+        # When one job kills it, with others in its hands that take longer than it lives
+        others = [ask("wait 0.6", f"other-{number}") for number in range(12)]
+        poison = asyncio.create_task(ask("die", "poison"))
+        answers = await asyncio.gather(*others)
+        status, text, took_s = await poison
+        # Then its client is told, long before its deadline
+        assert status == 500, text
+        assert "lost each time" in text
+        assert took_s < 60
+        # And the others have their answers
+        assert [status for status, _, _ in answers] == [200] * 12, answers
+        # And it was tried no more often than it should
+        assert len(ends) == topology.TRIES_TOGETHER + topology.TRIES_ALONE
+        # And a person finds it, with the reason
+        ((job, reason),) = await asyncio.to_thread(dead_letters, parts.amqp_url)
+        assert job.body["messages"][0]["content"] == "die"
+        assert reason == "delivery_limit"
+        # And each of the others is kept once
+        kept = await until(lambda: history(client, 12))
+        assert {entry["session_id"] for entry in kept} == {f"other-{number}" for number in range(12)}
+        usage = (await client.get("/usage")).json()
+        assert usage["total_requests"] == 12, usage
+
+
+async def test_a_stream_whose_worker_dies_each_time_ends_with_an_error(parts: Rig) -> None:
+    url, _ = await parts.server()
+    async with kept_alive(parts), parts.client(url) as client:
+        await until(lambda: healthy(client))
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "die"}], "stream": True, "temperature": 0}
+        answer = await client.post("/v1/messages", json={**body, "max_tokens": 10})
+        # Nothing was told yet, so it is a status
+        assert answer.status_code == 500, answer.text
+        assert "lost each time" in answer.text
+
+
+async def test_a_job_whose_worker_dies_once_is_answered_by_another(parts: Rig, tmp_path: Path) -> None:
+    # Given two workers, and a job that ends the first that takes it
+    url, _ = await parts.server()
+    await parts.archive()
+    settings = {"DIED_ONCE": str(tmp_path / "died")}
+    workers = [await parts.run(f"w-{n}", "tests.faults.worker", "--model", MODEL, **settings) for n in range(2)]
+    async with parts.client(url) as client:
+        await until(lambda: both_ready(client))
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "die once"}]}
+        answer = await client.post("/v1/chat/completions", json=body)
+        # Then the other one answers, and it is kept and counted once
+        assert answer.status_code == 200, answer.text
+        assert sum(worker.exited for worker in workers) == 1
+        await until(lambda: history(client, 1))
+        await asyncio.sleep(1)
+        assert await history(client, 1)
+        assert (await client.get("/usage")).json()["total_requests"] == 1
+
+
+async def both_ready(client: httpx.AsyncClient) -> bool:
+    workers = (await client.get("/health")).json()["workers"]
+    return sum(worker["ready"] for worker in workers if worker["type"] == "chat") == 2

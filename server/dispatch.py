@@ -191,7 +191,7 @@ class Dispatcher:
             for model, line in self._lines.items():
                 workers = [worker for worker in self.fleet.workers() if worker.model == model]
                 line.hear(workers, self.inbox.queue)
-                names = {worker.worker for worker in workers}
+                names = {worker.worker for worker in workers if worker.ready}
                 if self._workers.get(model, set()) - names:
                     self._let_go(line.send_anew())
                 self._workers[model] = names

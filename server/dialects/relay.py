@@ -185,6 +185,7 @@ async def _submit(request: Request, call: Call) -> tuple[Ticket, Frame, asyncio.
         # What was put before the question may have to be taken away again, which no stream can.
         if call.body.get("stream") and not call.context:
             coming = asyncio.create_task(ticket.next())
+            coming.add_done_callback(_seen)  # its client may leave before anybody looks at it
             try:
                 await unless_disconnected(request, _come_or_long_queued(ticket, coming))
             except BaseException:
@@ -195,6 +196,11 @@ async def _submit(request: Request, call: Call) -> tuple[Ticket, Frame, asyncio.
     except BaseException:
         ticket.close()
         raise
+
+
+def _seen(coming: asyncio.Task[Frame]) -> None:
+    if not coming.cancelled():
+        coming.exception()
 
 
 async def _come_or_long_queued(ticket: Ticket, coming: asyncio.Task[Frame]) -> None:

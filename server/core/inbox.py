@@ -46,7 +46,7 @@ class Waiter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.started = False
+        self.sent = self.started = False
         self.unread_bytes = 0
         self._run = ""
         self._seq = 0
@@ -146,7 +146,8 @@ def _cut_short() -> AnswerLost:
 
 
 class Inbox:
-    """One process's reply queue. `waiting` holds the requests that are not over, by id.
+    """One process's reply queue. `waiting` holds the requests that are not over, by id; `on_begun` hears of each that a
+    worker has begun.
 
     `also_consume` sets up what else the process reads on the same connection.
     """
@@ -162,6 +163,7 @@ class Inbox:
     ) -> None:
         self.queue = ""
         self._max_unread_bytes = max_unread_bytes
+        self.on_begun: Callable[[str], None] = lambda request_id: None
         self._name = name
         self.waiting: dict[str, Waiter] = {}
         self._models = models
@@ -185,22 +187,33 @@ class Inbox:
 
         Whoever submits calls `release` at the end, whatever the end is.
         """
-        if not self.consumer.connected:
-            raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
-        body = encode(job)
-        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
-            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
-        waiter = self.waiting[job.id] = Waiter(job)
+        waiter = self.expect(job)
         try:
-            async with asyncio.timeout(job.deadline - time.time()):
-                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
-        except TimeoutError as exc:
-            self.release(job.id)
-            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
+            await self.send(waiter, lane)
         except BaseException:
             self.release(job.id)
             raise
         return waiter
+
+    def expect(self, job: Job) -> Waiter:
+        """Wait for the answer to a job that is sent later. Raises BrokerUnavailable."""
+        if not self.consumer.connected:
+            raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
+        waiter = self.waiting[job.id] = Waiter(job)
+        return waiter
+
+    async def send(self, waiter: Waiter, lane: Lane) -> None:
+        """Queue the job. Raises QueueFull, BrokerUnavailable, PayloadTooLarge or DeadlineExceeded."""
+        job = waiter.job
+        body = encode(job)
+        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
+            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
+        waiter.sent = True
+        try:
+            async with asyncio.timeout(job.deadline - time.time()):
+                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
+        except TimeoutError as exc:
+            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
 
     def release(self, request_id: str) -> None:
         if (waiter := self.waiting.pop(request_id, None)) is not None:
@@ -245,7 +258,10 @@ class Inbox:
             if waiter is not None:
                 if waiter.unread_bytes > self._max_unread_bytes:
                     self._give_up(waiter)
+                begun = waiter.started
                 waiter.put(frame)
+                if waiter.started and not begun:
+                    self.on_begun(frame.request_id)
             elif frame.kind == "started":
                 self.cancel(frame.request_id)  # by a worker that was not there to hear it the first time
 

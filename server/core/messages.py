@@ -53,7 +53,7 @@ class Job:
     count_tokens. `context` is put before the last question when it is asked, and is no part of what was said.
     `created_at` and `deadline` are in Unix seconds: a job past its deadline is dropped, never generated.
     `recorded` is false for the service's own work (vectors of chats, queries of `/chat/similar`), which is
-    neither history nor usage. `lane` is that of the queue a worker took it from.
+    neither history nor usage. `lane` is that of the queue a worker took it from. `weight` is the key's share of turns.
     """
 
     id: Name
@@ -70,6 +70,7 @@ class Job:
     api: Api = "chat"
     context: str = ""
     lane: Lane = "interactive"
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,9 @@ class Record:
 class Status:
     """A worker's load, sent once a second. `tokens_per_s` covers the second just past;
     `progress_at` (Unix seconds) is when the worker last made a token, a vector or a row. `problem` says why it is not
-    ready, where it knows; `leaving` is its last word, after which it is not missed."""
+    ready, where it knows; `leaving` is its last word, after which it is not missed. It runs `slots` jobs at once at the
+    most, which have taken `job_s` each of late (0: none has ended). `waiting_batch` of those `waiting` are of the batch
+    lane. `begun`: its jobs of late, by reply queue, the older ones counting less."""
 
     worker: str
     type: WorkerType
@@ -154,6 +157,10 @@ class Status:
     sent_at: float = field(default_factory=time.time)
     problem: str = ""
     leaving: bool = False
+    slots: int = 0
+    job_s: float = 0.0
+    waiting_batch: int = 0
+    begun: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ async def embed(
             key_id=request.state.principal.key_id,
             recorded=recorded,
             traceparent=traceparent(request.headers),
+            weight=request.state.principal.weight,
         )
         for start in range(0, len(texts), MAX_TEXTS)
     ]

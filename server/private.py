@@ -267,8 +267,8 @@ class PrivateRabbitMQ:
         await self.stop()
 
     async def _until_of_no_use(self) -> None:
-        """Returns when nothing is confirmed, or nobody let in, for half a minute: a full disk ends the write-ahead log of
-        the quorum queues, and the node lives on without. An alarm is no such thing: it passes."""
+        """Returns when nothing is confirmed, or nobody let in, for half a minute: a full disk ends the log of quorum
+        queues, and the node lives on without. An alarm is no such thing: it passes."""
 
         async def setup(own: AmqpLink) -> None:
             await own.declare_queue(topology.WATCH)

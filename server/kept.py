@@ -27,14 +27,14 @@ from server.core.settings import Settings
 from server.db.store import Store
 from server.dispatch import Dispatcher
 from server.errors import PREFIX, answer_to, dialect_of, error_body, error_response
-from server.peers import ANSWER_S
+from server.peers import ANSWER_S, MAX_PASSED_BYTES
 from server.sse import SseResponse, event, unless_disconnected
 
 logger = logging.getLogger(__name__)
 
 MAX_KEY = 255
 """Characters of an Idempotency-Key, as Stripe has it."""
-MAX_BYTES = 8 * 1024 * 1024
+MAX_BYTES = MAX_PASSED_BYTES
 """Of an answer that is kept once it is whole; only vectors of very many texts are larger."""
 TAKEN_OVER_AFTER = 2
 """Asks without an answer, after which whoever made an answer is taken for dead. More than one, because a process hears
@@ -344,7 +344,7 @@ class Keeper:
                 if log.head is not None:
                     pieces = [] if begun else [("chunk", encode(log.head))]
                     begun = True
-                    pieces += [("chunk", made) for made in log.events[sent : sent + MAX_RELAYED]]
+                    pieces += [_passed(made) for made in log.events[sent : sent + MAX_RELAYED]]
                     sent += len(log.events[sent : sent + MAX_RELAYED])
                 more = sent < len(log.events)
                 over = log.over and not more
@@ -362,6 +362,12 @@ class Keeper:
         finally:
             del self._relays[ask.id]
             kept.leave()
+
+
+def _passed(made: bytes) -> tuple[FrameKind, bytes]:
+    if len(made) <= MAX_PASSED_BYTES:
+        return ("chunk", made)
+    return ("error", encode(ErrorFrame(503, "The answer is too large to be had by way of another process.")))
 
 
 async def _made(request: Request, make: Make) -> Response:

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 1.0
 """In which a server answers that knows. One that is too busy for it counts as not knowing."""
 
+MAX_PASSED_BYTES = 8 * 1024 * 1024
+"""Of an answer that one process passes on to another."""
+
 Find = Callable[[str, int], RequestState | None]
 
 
@@ -87,6 +90,7 @@ class Peers:
         now = time.time()
         waiter = Waiter(Job(ask.id, "", "", {}, ask.key_id, ask.reply_to, now, now + timeout_s))
         waiter.started = True  # it is in no worker's queue
+        waiter.unread_bytes = -MAX_PASSED_BYTES  # what is finished already comes faster than anybody reads
         self.inbox.waiting[ask.id] = waiter
         try:
             self.inbox.publisher.broadcast(topology.ASKS, encode(ask))

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from server.core.signals import stop_event
 from server.db.pool import migrate
 from server.processes import ServerProcesses
 from server.supervisor import Supervisor, open_store
+
+WEIGHT = "its share of the turns where several keys wait, from 1 to 100"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,19 +40,29 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--port", type=int, help="port to listen on (PORT)")
         command.add_argument("--workers", type=int, metavar="N", help="processes of the API (SERVER_WORKERS)")
     serve.add_argument("--fd", type=int, metavar="N", help="serve on this listening socket, which was inherited")
-    text = "make, list and revoke API keys"
+    text = "make, list, weigh and revoke API keys"
     keys = commands.add_parser("keys", help=text, description=text)
     keys.add_argument("--data-dir", type=Path, metavar="DIR", help="of the ./run whose keys these are (DATA_DIR)")
     actions = keys.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create", help="make a key and print it, once")
     create.add_argument("name", help="whose key it is")
+    create.add_argument("--weight", type=_weight, default=1, metavar="N", help=f"{WEIGHT} (1)")
     actions.add_parser("list", help="every key, without the key itself")
     revoke = actions.add_parser("revoke", help="let a key in no longer")
     revoke.add_argument("id", type=int)
+    weigh = actions.add_parser("weigh", help="give a key another weight")
+    weigh.add_argument("id", type=int)
+    weigh.add_argument("weight", type=_weight, help=WEIGHT)
     text = "bring the database's schema up to date"
     migration = commands.add_parser("migrate", help=text, description=text)
     migration.add_argument("--data-dir", type=Path, metavar="DIR", help="of the ./run to migrate (DATA_DIR)")
     return top
+
+
+def _weight(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to 100, not {text!r}")
+    return int(text)
 
 
 def _database_url(settings: Settings) -> str:
@@ -67,13 +80,17 @@ async def _keys(args: argparse.Namespace, settings: Settings) -> int:
     async with open_store(_database_url(settings)) as store:
         if args.action == "create":
             key = new_key()
-            key_id = await store.create_key(args.name, hash_key(key))
+            key_id = await store.create_key(args.name, hash_key(key), weight=args.weight)
             print(f"{key}\nKey {key_id} for {args.name}. It is shown this once: only its hash is kept.")
         elif args.action == "list":
             for row in await store.list_keys():
                 state = f"revoked {row['revoked_at']:%Y-%m-%d}" if row["revoked_at"] else "valid"
                 role = "admin" if row["is_admin"] else "user"
-                print(f"{row['id']:6}  {state:18}  {role:6}  {row['created_at']:%Y-%m-%d}  {row['name']}")
+                told = f"{row['id']:6}  {state:18}  {role:6}  weight {row['weight']:3}"
+                print(f"{told}  {row['created_at']:%Y-%m-%d}  {row['name']}")
+        elif args.action == "weigh":
+            if not await store.weigh_key(args.id, args.weight):
+                raise BadSettings(f"There is no key {args.id}: see `python -m server keys list`.")
         elif not await store.revoke_key(args.id):
             raise BadSettings(f"There is no key {args.id}: see `python -m server keys list`.")
     return 0
@@ -87,10 +104,15 @@ def _serve(settings: Settings, fd: int | None) -> int:
         return asyncio.run(ServerProcesses(settings).run())
     # Here, because no other command needs the half of it, and the process that keeps several of these none.
     from server.app import create_app
-    from server.core.http import HttpServer
+    from server.core.http import Bounds, HttpServer, Shared
+    from server.errors import refusal
 
     app = create_app(settings, load_registry(settings.models_file))
-    server = HttpServer(app, settings.host, settings.port, settings.drain_timeout_s)
+    bounds = Bounds(settings.max_connections, settings.receive_timeout_s, settings.stalled_reader_s)
+    shared = Shared(bounds, refusal)
+    server = HttpServer(app, settings.host, settings.port, settings.drain_timeout_s, shared)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is a file, and shells allow few
     sockets = None if fd is None else [socket.socket(fileno=fd)]
 
     async def until_stopped() -> None:

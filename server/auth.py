@@ -24,6 +24,7 @@ class Principal:
     key_id: int
     name: str
     is_admin: bool
+    weight: int = 1
 
 
 def new_key() -> str:
@@ -68,7 +69,7 @@ async def authenticate(request: Request) -> Principal:
         raise unsure or Unauthorized("This API key is not known here.")
     if row.revoked_at is not None:
         raise Unauthorized(REVOKED)
-    principal = Principal(row.id, row.name, row.is_admin)
+    principal = Principal(row.id, row.name, row.is_admin, row.weight)
     request.state.principal = principal
     if state.rates.limit:
         await _count(request, principal)

@@ -6,12 +6,13 @@ Knows no HTTP and no dialect.
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
+from server.admission import Line, Place
 from server.core.amqp import AmqpLink
-from server.core.errors import Cancelled, NoWorker, ServiceError
+from server.core.errors import Cancelled, NoWorker, QueueFull, ServiceError
 from server.core.inbox import Inbox, Waiter
 from server.core.messages import Api, ErrorFrame, Frame, Job, RequestState, RequestStatus
 from server.core.registry import ModelSpec, Registry
@@ -23,6 +24,9 @@ ENDED_S = 600.0
 """How long it is remembered how a request ended that nothing else remembers."""
 MAX_ENDED = 10_000
 """How many of them; the oldest are forgotten first."""
+
+LOOK_EVERY_S = 1.0
+"""How often workers are looked at: as often as they tell of themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +43,26 @@ class Call:
     recorded: bool = True
     traceparent: str = ""
     context: str = ""
+    weight: int = 1
 
 
 class Ticket:
     """A submitted call. Close it once its client is done or gone: an unfinished job is then cancelled."""
 
-    def __init__(self, waiter: Waiter, on_end: Callable[[Waiter, RequestStatus, ServiceError | None], None]) -> None:
+    def __init__(
+        self, waiter: Waiter, line: Line, on_end: Callable[[Waiter, RequestStatus, ServiceError | None], None]
+    ) -> None:
         self._waiter = waiter
+        self._line = line
         self._on_end = on_end
         self._over = False
         self.request_id = waiter.job.id
         self.api: Api = waiter.job.api
+
+    @property
+    def place(self) -> Place | None:
+        """Where it stands among those who wait for its model; None where a worker has begun it."""
+        return self._line.place(self.request_id)
 
     async def next(self) -> Frame:
         """The next chunk, usage, result or done frame. Raises the ServiceError the request ended with."""
@@ -80,6 +93,9 @@ class Dispatcher:
         self.timeout_s = settings.request_timeout_s
         self._ended: OrderedDict[str, RequestState] = OrderedDict()
         self.fleet = Fleet()
+        self._lines = {model.id: Line(settings.queue_max_jobs) for model in registry.models}
+        self._workers: dict[str, set[str]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self.peers = Peers(self.state, self.cancel)
         self.inbox = Inbox(
             settings.amqp_url,
@@ -87,8 +103,10 @@ class Dispatcher:
             [model.id for model in registry.models],
             settings.queue_max_jobs,
             also_consume=self._consume,
+            max_unread_bytes=settings.stream_buffer_bytes,
         )
         self.peers.inbox = self.inbox
+        self.inbox.on_begun = lambda request_id: self._let_go(self._line_of(request_id).left(request_id))
         # Its own connection: asking for a queue that is gone closes the channel it is asked on.
         self.scraper = AmqpLink(settings.amqp_url, "server metrics", _declare_nothing)
 
@@ -99,8 +117,11 @@ class Dispatcher:
     async def start(self) -> None:
         """Raises BrokerUnavailable."""
         await asyncio.gather(self.inbox.start(), self.scraper.start())
+        self._keep(self._watch_workers())
 
     async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(self.inbox.close(), self.scraper.close())
 
     @property
@@ -128,17 +149,67 @@ class Dispatcher:
             traceparent=call.traceparent,
             api=call.api,
             context=call.context,
+            weight=call.weight,
         )
-        return Ticket(await self.inbox.submit(job, "interactive"), self._end)
+        line = self._lines[job.model]
+        waiter = self.inbox.expect(job)
+        try:
+            if line.enter(job):
+                await self._send(waiter)
+        except BaseException:
+            self.inbox.release(job.id)
+            self._let_go(line.left(job.id))
+            raise
+        return Ticket(waiter, line, self._end)
+
+    async def _send(self, waiter: Waiter) -> None:
+        try:
+            await self.inbox.send(waiter, "interactive")
+        except QueueFull as exc:  # other servers have filled it
+            raise self._lines[waiter.job.model].refusal("The queue of this model is full") from exc
+
+    def _let_go(self, jobs: list[Job]) -> None:
+        """Send jobs that have waited here for their turn."""
+        for job in jobs:
+            waiter = self.inbox.waiting.get(job.id)
+            if waiter is not None and job.reply_to == self.inbox.queue:  # else its answer could not arrive any more
+                self._keep(self._send_late(waiter))
+
+    async def _send_late(self, waiter: Waiter) -> None:
+        try:
+            await self._send(waiter)
+        except ServiceError as exc:
+            waiter.put(exc)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch_workers(self) -> None:
+        """Tell the lines how their workers fare, and let others go for those that a lost worker may have had."""
+        while True:
+            for model, line in self._lines.items():
+                workers = [worker for worker in self.fleet.workers() if worker.model == model]
+                line.hear(workers, self.inbox.queue)
+                names = {worker.worker for worker in workers if worker.ready}
+                if self._workers.get(model, set()) - names:
+                    self._let_go(line.send_anew())
+                self._workers[model] = names
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _line_of(self, request_id: str) -> Line:
+        return self._lines[self.inbox.waiting[request_id].job.model]
 
     def _end(self, waiter: Waiter, status: RequestStatus, error: ServiceError | None) -> None:
         """A request is over, for whoever waited for it; what a worker may still do for it stops."""
         self.inbox.release(waiter.job.id)
-        if status != "completed":
+        self._let_go(self._lines[waiter.job.model].left(waiter.job.id))
+        if status != "completed" and waiter.sent:
             self.inbox.cancel(waiter.job.id)
         now = time.time()
         told = ErrorFrame(error.status, error.message, error.param, error.code) if error is not None else None
-        self._ended[waiter.job.id] = replace(_state(waiter), status=status, finished_at=now, error=told)
+        self._ended[waiter.job.id] = replace(self._state(waiter), status=status, finished_at=now, error=told)
         while self._ended and (
             len(self._ended) > MAX_ENDED or next(iter(self._ended.values())).finished_at < now - ENDED_S
         ):
@@ -148,7 +219,7 @@ class Dispatcher:
         """Where a request of this key stands; None if this process never had it, or has forgotten it."""
         for id_ in ids_of(request_id):
             waiter = self.inbox.waiting.get(id_)
-            state = _state(waiter) if waiter is not None else self._ended.get(id_)
+            state = self._state(waiter) if waiter is not None else self._ended.get(id_)
             if state is not None and state.key_id == key_id:
                 return replace(state, request_id=request_id)
         return None
@@ -158,21 +229,25 @@ class Dispatcher:
         for id_ in ids_of(request_id):
             waiter = self.inbox.waiting.get(id_)
             if waiter is not None and waiter.job.key_id == key_id:
-                self.inbox.cancel(id_)
+                if waiter.sent:
+                    self.inbox.cancel(id_)
                 if not waiter.started:
                     waiter.put(Cancelled("The request was cancelled."))  # its turn may be long in coming
-                    return replace(_state(waiter), request_id=request_id, status="cancelled")
+                    return replace(self._state(waiter), request_id=request_id, status="cancelled")
         return self.state(request_id, key_id)
 
     def queued(self) -> list[tuple[str, float]]:
         """(model, created_at) of each request of this server that no worker has taken yet."""
         return [(w.job.model, w.job.created_at) for w in self.inbox.waiting.values() if not w.started]
 
-
-def _state(waiter: Waiter) -> RequestState:
-    job = waiter.job
-    status: RequestStatus = "running" if waiter.started else "queued"
-    return RequestState(job.id, job.key_id, status, job.model, job.endpoint, job.created_at)
+    def _state(self, waiter: Waiter) -> RequestState:
+        job = waiter.job
+        status: RequestStatus = "running" if waiter.started else "queued"
+        state = RequestState(job.id, job.key_id, status, job.model, job.endpoint, job.created_at)
+        if (place := self._lines[job.model].place(job.id)) is not None:
+            wait_s = None if place.wait_s is None else round(place.wait_s, 1)
+            state = replace(state, queue_position=place.position, estimated_wait_s=wait_s)
+        return state
 
 
 def ids_of(request_id: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from server.core import metrics as core_metrics
 from server.core import topology
 from server.core.errors import BrokerUnavailable
-from server.core.messages import Lane
+from server.core.messages import Lane, Status
 from server.dispatch import Dispatcher
 
 router = APIRouter(tags=["service"])
@@ -45,7 +45,7 @@ class _Once:
 
 async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
     """Depth and consumers, asked of the broker. Nothing, while the broker is not there."""
-    depth = GaugeMetricFamily("qwen3_queue_messages", "Jobs waiting in the broker", labels=["model", "lane"])
+    depth = GaugeMetricFamily("qwen3_queue_messages", "Jobs sent that no worker has begun", labels=["model", "lane"])
     consumers = GaugeMetricFamily("qwen3_queue_consumers", "Workers on a queue", labels=["model", "lane"])
     history = GaugeMetricFamily("qwen3_history_queue_messages", "Finished requests waiting for Postgres")
     dead = GaugeMetricFamily("qwen3_dead_letters", "Messages given up on")
@@ -56,15 +56,22 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
                 queues: dict[str, str] = {lane: topology.jobs_queue(model, lane) for lane in LANES}
                 for lane, queue in {**queues, "suspects": topology.suspects_queue(model)}.items():
                     ready, count = await link.declare_queue(queue, passive=True)
-                    depth.add_metric([model, lane], ready)
+                    # The broker counts what is ready; what workers hold and have not begun waits as well.
+                    held = sum(_waiting(worker, lane) for worker in dispatcher.fleet.workers() if worker.model == model)
+                    depth.add_metric([model, lane], ready + held)
                     consumers.add_metric([model, lane], count)
-            # The broker counts what is ready; what the archivist holds and has not written waits as well.
             held = sum(worker.backlog for worker in dispatcher.fleet.workers() if worker.type == "archive")
             history.add_metric([], (await link.declare_queue(topology.HISTORY, passive=True))[0] + held)
             dead.add_metric([], (await link.declare_queue(topology.DEAD, passive=True))[0])
     except (BrokerUnavailable, TimeoutError):
         return []
     return [depth, consumers, history, dead]
+
+
+def _waiting(worker: Status, lane: str) -> int:
+    """Jobs that a worker has taken and not begun."""
+    by_lane = {"interactive": worker.waiting - worker.waiting_batch, "batch": worker.waiting_batch}
+    return by_lane.get(lane, 0)
 
 
 def _counted() -> bytes:
@@ -85,11 +92,13 @@ async def keep_ages(dispatcher: Dispatcher, models: list[str]) -> None:
 
 def _set_ages(dispatcher: Dispatcher, models: list[str]) -> None:
     now = time.time()
-    oldest = dict.fromkeys(models, now)
+    oldest, waiting = dict.fromkeys(models, now), dict.fromkeys(models, 0)
     for model, created_at in dispatcher.queued():
         oldest[model] = min(oldest.get(model, now), created_at)
+        waiting[model] = waiting.get(model, 0) + 1
     for model, created_at in oldest.items():
         core_metrics.queue_oldest_age.labels(model).set(now - created_at)
+        core_metrics.requests_waiting.labels(model).set(waiting[model])
 
 
 def _workers(dispatcher: Dispatcher) -> list[GaugeMetricFamily]:

@@ -7,25 +7,26 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
 
-from server.core import metrics, topology, watchdog
+from server.core import metrics, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
-from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode, encode_frames
+from server.core.messages import Cancel, FrameKind, Job, Lane, Record, WorkerType, decode, encode, encode_frames
 from server.core.settings import Settings
 from server.core.signals import stop_event
+from workers.beacon import Beacon
 from workers.probe import Probe
 from workers.replies import Reply, ReplyOutbox
 from workers.serving import EngineDied
+from workers.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -44,59 +45,9 @@ TOLD_HUNG_S = 6.0
 ENDED_HUNG_S = 10.0
 """And after this long it is ended, so that its jobs go to another worker, or to this one when it was started again."""
 
-
-class Beacon:
-    """Says once a second on the `status` fanout how a worker fares."""
-
-    def __init__(self, link: AmqpLink, type_: WorkerType, model: str, probe: Probe) -> None:
-        self._link = link
-        self._probe = probe
-        self.worker = f"{type_}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-        self.type, self.model = type_, model
-        self.running = self.waiting = self.backlog = 0
-        self.lag_s = 0.0
-        self.progress_at = 0.0
-        self.problem = ""
-        self._made = 0
-        self._tokens_per_s = 0.0
-
-    def progress(self, made: int = 1) -> None:
-        """Count tokens, vectors or rows made."""
-        self._made += made
-        self.progress_at = time.time()
-
-    async def run(self) -> None:
-        last, made = time.monotonic(), 0
-        while True:
-            await asyncio.sleep(1)
-            watchdog.beat()
-            if self._link.blocked:
-                continue  # it would pile up, and nobody wants to know later how things were
-            now = time.monotonic()
-            self._tokens_per_s = round((self._made - made) / (now - last), 1)
-            last, made = now, self._made
-            self.say()
-
-    def say(self, *, leaving: bool = False) -> None:
-        """Once, now; `leaving` when this worker ends as it was asked to."""
-        status = Status(
-            worker=self.worker,
-            type=self.type,
-            model=self.model,
-            ready=self._probe.ready,
-            running=self.running,
-            waiting=self.waiting,
-            tokens_per_s=self._tokens_per_s,
-            progress_at=self.progress_at,
-            metrics_port=self._probe.port,
-            backlog=self.backlog,
-            lag_s=round(self.lag_s, 3),
-            problem=self.problem,
-            leaving=leaving,
-        )
-        # A broker that is away comes back by itself.
-        with contextlib.suppress(BrokerUnavailable):
-            self._link.broadcast(topology.STATUS, encode(status))
+LOOKAHEAD = 1024
+"""Jobs of a lane that a worker takes besides those it runs, to choose the next from by turns. What is not taken waits
+in the order it came; servers let few jobs of a key come at once (server/admission.py), so that this holds all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +61,27 @@ class Answer:
 
 @dataclass(slots=True)
 class _Run:
-    """A job in hand. `delivery` is the latest one: after a reconnection the broker delivers it again."""
+    """A job in hand, waiting for its turn until it has a task. `delivery` is the latest one: after a reconnection the
+    broker delivers it again. `charged` (beforehand) and `used` are tokens."""
 
     job: Job
     delivery: Delivery
+    charged: float = 0.0
+    used: int = 0
     task: asyncio.Task[None] | None = None
     reply: Reply | None = None
     handling: bool = False
     stopped: ServiceError | None = None
     """Why it is ended early: what it has made is recorded then as cancelled."""
+
+
+@dataclass(slots=True)
+class _Slots:
+    """What a lane may run at once, and what waits for it."""
+
+    count: int
+    busy: int = 0
+    turns: Turns[_Run] = field(default_factory=Turns)
 
 
 class Worker(ABC):
@@ -136,14 +99,16 @@ class Worker(ABC):
         self._halting: set[asyncio.Task[None]] = set()
         self._listening_since = 0.0
         self._died = asyncio.Event()
-        self._slots = 1
+        self._slots: dict[Lane, _Slots] = {"interactive": _Slots(1), "batch": _Slots(1)}
         self._draining = False
         self._asides: set[asyncio.Task[None]] = set()
         self._publisher = AmqpLink(
             settings.amqp_url, f"{self.type} {model} publish", self._setup_publisher, on_return=self._abandon
         )
-        self._consumer = AmqpLink(settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer)
-        self._outbox = ReplyOutbox(self._publisher, lambda: len(self._runs) > 1, self._give_up)
+        self._consumer = AmqpLink(
+            settings.amqp_url, f"{self.type} {model} consume", self._setup_consumer, on_lost=self._drop_waiting
+        )
+        self._outbox = ReplyOutbox(self._publisher, lambda: self.beacon.running > 1, self._give_up)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
 
     @abstractmethod
@@ -181,7 +146,10 @@ class Worker(ABC):
         signal.signal(signal.SIGTERM, _exit_at_once)
         await self.probe.start()
         try:
-            self._slots = await self.start()
+            slots = await self.start()
+            # Batch work has slots of its own, a quarter as many, so that neither lane waits for the other.
+            self._slots = {"interactive": _Slots(slots), "batch": _Slots(max(1, slots // 4))}
+            self.beacon.slots = slots
             stopping = stop_event()
             await self._publisher.start()
             await self._consumer.start()
@@ -207,6 +175,7 @@ class Worker(ABC):
                 self._look_after()
             if self._died.is_set():
                 logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
+                await self._take_no_more()
                 return 1  # unacked jobs go back to their queue
             await self._drain()
             self.beacon.say(leaving=True)
@@ -231,8 +200,7 @@ class Worker(ABC):
         logger.info("draining", extra={"action": "drain", "running": len(self._runs)})
         self.probe.ready, self._draining = False, True
         self.beacon.say()
-        for tag in self._consumers:
-            await self._consumer.cancel_consumer(tag)
+        await self._take_no_more()
         tasks = [run.task for run in self._runs.values() if run.task is not None]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self.settings.drain_timeout_s)
@@ -254,15 +222,16 @@ class Worker(ABC):
         await link.consume(mine, self._on_control)
         if self._draining:
             return  # what this connection came back for is to finish what is in hand
-        # Batch work has slots of its own, a quarter as many, so that neither lane waits for the other.
-        interactive = topology.jobs_queue(self.model, "interactive")
-        batch = topology.jobs_queue(self.model, "batch")
-        self._consumers = [
-            await link.consume(interactive, partial(self._on_job, "interactive"), self._slots),
-            await link.consume(batch, partial(self._on_job, "batch"), max(1, self._slots // 4)),
-            # One at a time: if it ends this worker, no other suspect counts a delivery.
-            await link.consume(topology.suspects_queue(self.model), partial(self._on_job, None), 1),
-        ]
+        # One suspect at a time: if it ends this worker, no other one counts a delivery.
+        suspects = topology.suspects_queue(self.model)
+        self._consumers = [await link.consume(suspects, partial(self._on_job, None), 1)]
+        for lane, slots in self._slots.items():
+            queue, take = topology.jobs_queue(self.model, lane), partial(self._on_job, lane)
+            # Consumers of a higher priority are served first: a job goes to wait at a worker only once none has room.
+            self._consumers += [
+                await link.consume(queue, take, slots.count, priority=1),
+                await link.consume(queue, take, LOOKAHEAD),
+            ]
 
     def _on_control(self, delivery: Delivery) -> None:
         request_id = decode(Cancel, delivery.body).request_id
@@ -279,7 +248,7 @@ class Worker(ABC):
 
     def _abandon(self, reply_to: str) -> None:
         """The server that waited is gone: stop what was made for it."""
-        for run in self._runs.values():
+        for run in list(self._runs.values()):
             if run.job.reply_to == reply_to:
                 self._end(run, Cancelled("The server that waited is gone."))
 
@@ -302,6 +271,8 @@ class Worker(ABC):
             halting = asyncio.create_task(self._halt(run))
             self._halting.add(halting)
             halting.add_done_callback(self._halting.discard)
+        elif self._slots[run.job.lane].turns.remove(run.job.key_id, run):
+            self._start(run)  # it is done with at once, without its turn
 
     async def _halt(self, run: _Run) -> None:
         assert run.task is not None
@@ -323,8 +294,16 @@ class Worker(ABC):
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)
             return
+        if job.model != self.model:
+            logger.error("job of another model", extra={"action": "decode"})
+            self._consumer.reject(delivery, requeue=False)
+            return
         if run := self._runs.get(job.id):
-            run.delivery = delivery  # delivered again after a reconnection, while it still runs
+            if run.delivery.channel is delivery.channel:
+                logger.error("second job of one id", extra={"action": "decode", "request_id": job.id})
+                self._consumer.reject(delivery, requeue=False)
+            else:
+                run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
         if lane is not None:
             job = replace(job, lane=lane)
@@ -336,8 +315,54 @@ class Worker(ABC):
         run = self._runs[job.id] = _Run(job, delivery)
         if self._cancelled_early.pop(job.id, None) is not None:
             self._end(run, Cancelled("The request was cancelled."))
-        run.task = asyncio.create_task(self._run(run))
+        if lane is None or run.stopped is not None:
+            self._start(run)
+            self._count()
+        else:
+            self._slots[lane].turns.add(job.key_id, run, job.weight)
+            self._start_next(lane)
+
+    def _start_next(self, lane: Lane) -> None:
+        slots = self._slots[lane]
+        while slots.busy < slots.count and len(slots.turns):
+            run, charged = slots.turns.pop()
+            run.charged = charged
+            self._start(run)
         self._count()
+
+    def _start(self, run: _Run) -> None:
+        self._slots[run.job.lane].busy += 1
+        if run.job.lane == "interactive":
+            self.beacon.began(run.job.reply_to)
+        run.task = asyncio.create_task(self._run(run))
+
+    def _waiting(self) -> list[tuple[Lane, _Run]]:
+        """Those that wait, taken from their turns: they will not be started here."""
+        waiting = [(lane, run) for lane, slots in self._slots.items() for run in slots.turns.clear()]
+        for _, run in waiting:
+            del self._runs[run.job.id]
+        self._count()
+        return waiting
+
+    def _drop_waiting(self) -> None:
+        """The connection is lost: the broker has given them to somebody, or gives them to this worker again."""
+        self._waiting()
+
+    async def _take_no_more(self) -> None:
+        """And leave what waits to others."""
+        for tag in self._consumers:
+            await self._consumer.cancel_consumer(tag)
+        await asyncio.gather(*(self._pass_on(lane, run) for lane, run in self._waiting()))
+
+    async def _pass_on(self, lane: Lane, run: _Run) -> None:
+        """To another worker. As a new message: a rejected one would count as a try, and this was none."""
+        try:
+            queue = topology.jobs_queue(self.model, lane)
+            await self._publisher.publish(queue, run.delivery.body, message_id=run.job.id)
+        except ServiceError:
+            self._give_back(run.delivery)
+        else:
+            self._consumer.ack(run.delivery)
 
     async def _set_aside(self, job: Job, delivery: Delivery) -> None:
         """Move a job whose workers were lost to the suspects."""
@@ -350,6 +375,7 @@ class Worker(ABC):
             self._consumer.ack(delivery)
 
     async def _run(self, run: _Run) -> None:
+        started = time.monotonic()
         outcome = "failed"
         settle: Callable[[Delivery], None] | None = self._consumer.ack
         try:
@@ -362,7 +388,13 @@ class Worker(ABC):
             settle = None  # neither acked nor given back: the broker takes it back when this process ends
         finally:
             del self._runs[run.job.id]
-            self._count()
+            if run.used and run.job.lane == "interactive":
+                self.beacon.took(time.monotonic() - started)
+            slots = self._slots[run.job.lane]
+            slots.busy -= 1
+            slots.turns.settle(run.job.key_id, run.charged, run.used)
+            if not self._died.is_set():
+                self._start_next(run.job.lane)
             metrics.jobs.labels(self.model, outcome).inc()
             if settle is not None:
                 settle(run.delivery)
@@ -382,7 +414,8 @@ class Worker(ABC):
             return "cancelled"
         run.reply, run.handling = reply, True
         late = DeadlineExceeded("The request was not answered before its deadline.")
-        deadline = asyncio.get_running_loop().call_later(job.deadline - time.time(), self._end, run, late)
+        left_s = min(job.deadline - time.time(), self.settings.request_timeout_s)
+        deadline = asyncio.get_running_loop().call_later(left_s, self._end, run, late)
         answer: Answer | None = None
         try:
             answer = await self.handle(job, reply)
@@ -402,6 +435,8 @@ class Worker(ABC):
             run.handling = False
             deadline.cancel()
         recorded = None
+        if answer is not None:
+            run.used = answer.record.prompt_tokens + answer.record.completion_tokens
         if answer is not None and job.recorded:
             whole = run.stopped is None
             recorded = self._record(answer.record if whole else replace(answer.record, finish_reason="cancelled"))
@@ -454,9 +489,10 @@ class Worker(ABC):
         self._consumer.reject(delivery, requeue=True)
 
     def _count(self) -> None:
-        self.beacon.running = len(self._runs)
-        self.beacon.waiting = max(0, len(self._runs) - self._slots)
-        metrics.jobs_running.labels(self.model).set(len(self._runs))
+        self.beacon.waiting = sum(len(slots.turns) for slots in self._slots.values())
+        self.beacon.waiting_batch = len(self._slots["batch"].turns)
+        self.beacon.running = sum(slots.busy for slots in self._slots.values())
+        metrics.jobs_running.labels(self.model).set(self.beacon.running)
 
 
 def _exit_at_once(_number: int, _frame: object) -> None:

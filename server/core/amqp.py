@@ -262,8 +262,13 @@ class AmqpLink:
     async def bind(self, queue: str, exchange: str) -> None:
         await self._call(lambda channel, done: channel.queue_bind(queue, exchange, callback=done))
 
-    async def consume(self, queue: str, on_message: Callable[[Delivery], None], prefetch: int = 0) -> str:
-        """Deliver the queue's messages to `on_message`; `prefetch` 0 means no acks are expected."""
+    async def consume(
+        self, queue: str, on_message: Callable[[Delivery], None], prefetch: int = 0, *, priority: int = 0
+    ) -> str:
+        """Deliver the queue's messages to `on_message`; `prefetch` 0 means no acks are expected.
+
+        Consumers of a higher `priority` get them first, as long as their `prefetch` has room.
+        """
         if prefetch:
             await self._call(lambda channel, done: channel.basic_qos(prefetch_count=prefetch, callback=done))
 
@@ -280,7 +285,9 @@ class AmqpLink:
                     channel.basic_reject(method.delivery_tag, requeue=False)
 
         frame = await self._call(
-            lambda channel, done: channel.basic_consume(queue, deliver, auto_ack=not prefetch, callback=done)
+            lambda channel, done: channel.basic_consume(
+                queue, deliver, auto_ack=not prefetch, arguments={"x-priority": priority}, callback=done
+            )
         )
         return str(frame.method.consumer_tag)
 

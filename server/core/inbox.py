@@ -18,6 +18,7 @@ from server.core.continuation import Continuation, Differs, may_continue
 from server.core.errors import (
     AnswerLost,
     BrokerUnavailable,
+    ClientTooSlow,
     DeadlineExceeded,
     EngineFailed,
     PayloadTooLarge,
@@ -31,6 +32,10 @@ DEADLINE_GRACE_S = 2.0
 """How much longer than a job's deadline its waiter waits, so that the worker's own word on it arrives."""
 
 
+GIVEN_UP = "given up"
+"""In place of a run's name: of this one nothing comes."""
+
+
 class Waiter:
     """The frames of one request, in order, as if there had been one run of its job.
 
@@ -41,7 +46,8 @@ class Waiter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.started = False
+        self.sent = self.started = False
+        self.unread_bytes = 0
         self._run = ""
         self._seq = 0
         self._told = False
@@ -88,6 +94,8 @@ class Waiter:
 
     def _begin(self, frame: Frame) -> bool:
         """Follow the run of this frame from now on, if that is a new one."""
+        if self._run == GIVEN_UP:
+            return False
         if self._run and frame.kind != "started":
             return False  # of a run that was given up
         if self._told:
@@ -101,8 +109,17 @@ class Waiter:
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
         return True
 
+    def give_up(self) -> None:
+        """Forget what waits for a client that does not read; it finds an error there if it ever does."""
+        self._frames.clear()
+        self.unread_bytes = 0
+        self._run, self._handed = GIVEN_UP, None
+        self._add(ClientTooSlow("The answer was not read while it was made, and has ended."))
+
     def _add(self, item: Frame | Exception) -> None:
         self._frames.append(item)
+        if isinstance(item, Frame):
+            self.unread_bytes += len(item.data)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -117,6 +134,7 @@ class Waiter:
         item = self._frames.popleft()
         if isinstance(item, Exception):
             raise item
+        self.unread_bytes -= len(item.data)
         if item.kind == "error":
             error = decode(ErrorFrame, item.data)
             raise from_status(error.status, error.message, error.param, error.code)
@@ -128,7 +146,8 @@ def _cut_short() -> AnswerLost:
 
 
 class Inbox:
-    """One process's reply queue. `waiting` holds the requests that are not over, by id.
+    """One process's reply queue. `waiting` holds the requests that are not over, by id; `on_begun` hears of each that a
+    worker has begun.
 
     `also_consume` sets up what else the process reads on the same connection.
     """
@@ -140,8 +159,11 @@ class Inbox:
         models: list[str],
         queue_max_jobs: int,
         also_consume: Callable[[AmqpLink], Awaitable[None]] | None = None,
+        max_unread_bytes: int = 1024 * 1024,
     ) -> None:
         self.queue = ""
+        self._max_unread_bytes = max_unread_bytes
+        self.on_begun: Callable[[str], None] = lambda request_id: None
         self._name = name
         self.waiting: dict[str, Waiter] = {}
         self._models = models
@@ -165,22 +187,33 @@ class Inbox:
 
         Whoever submits calls `release` at the end, whatever the end is.
         """
-        if not self.consumer.connected:
-            raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
-        body = encode(job)
-        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
-            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
-        waiter = self.waiting[job.id] = Waiter(job)
+        waiter = self.expect(job)
         try:
-            async with asyncio.timeout(job.deadline - time.time()):
-                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
-        except TimeoutError as exc:
-            self.release(job.id)
-            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
+            await self.send(waiter, lane)
         except BaseException:
             self.release(job.id)
             raise
         return waiter
+
+    def expect(self, job: Job) -> Waiter:
+        """Wait for the answer to a job that is sent later. Raises BrokerUnavailable."""
+        if not self.consumer.connected:
+            raise BrokerUnavailable("The message broker is not reachable. Try again shortly.", retry_after_s=2)
+        waiter = self.waiting[job.id] = Waiter(job)
+        return waiter
+
+    async def send(self, waiter: Waiter, lane: Lane) -> None:
+        """Queue the job. Raises QueueFull, BrokerUnavailable, PayloadTooLarge or DeadlineExceeded."""
+        job = waiter.job
+        body = encode(job)
+        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
+            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
+        waiter.sent = True
+        try:
+            async with asyncio.timeout(job.deadline - time.time()):
+                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
+        except TimeoutError as exc:
+            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
 
     def release(self, request_id: str) -> None:
         if (waiter := self.waiting.pop(request_id, None)) is not None:
@@ -223,9 +256,20 @@ class Inbox:
         for frame in frames:
             waiter = self.waiting.get(frame.request_id)
             if waiter is not None:
+                if waiter.unread_bytes > self._max_unread_bytes:
+                    self._give_up(waiter)
+                begun = waiter.started
                 waiter.put(frame)
+                if waiter.started and not begun:
+                    self.on_begun(frame.request_id)
             elif frame.kind == "started":
                 self.cancel(frame.request_id)  # by a worker that was not there to hear it the first time
+
+    def _give_up(self, waiter: Waiter) -> None:
+        """Its client is not there to read, and may never be: what it asked for is made no further."""
+        logger.info("answer not read", extra={"action": "cut", "request_id": waiter.job.id})
+        waiter.give_up()
+        self.cancel(waiter.job.id)
 
     def _on_dead(self, delivery: Delivery) -> None:
         """A job was given up on, perhaps one of this process."""

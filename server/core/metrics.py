@@ -24,6 +24,9 @@ queue_oldest_age = Gauge(
     ["model"],
     multiprocess_mode="livemax",
 )
+requests_waiting = Gauge(
+    "qwen3_requests_waiting", "Requests of the servers that no worker has begun", ["model"], multiprocess_mode="livesum"
+)
 prompt_tokens = Counter("qwen3_prompt_tokens", "Tokens of prompts and embedded texts", ["model"])
 completion_tokens = Counter("qwen3_completion_tokens", "Tokens generated", ["model"])
 embedding_requests = Counter("qwen3_embedding_requests", "Embedding jobs done", ["model"])

@@ -24,13 +24,14 @@ PING_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """A key as authentication finds it."""
+    """A key as authentication finds it. `weight`: its share of the turns where several keys wait."""
 
     id: int
     name: str
     hash: bytes
     is_admin: bool
     revoked_at: datetime | None
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,10 @@ class Store:
         seconds), none for a key that is revoked or gone."""
         return await self._rows("count_requests", {"key_ids": list(requests), "requests": list(requests.values())})
 
-    async def create_key(self, name: str, hash_: bytes, *, is_admin: bool = False) -> int | None:
+    async def create_key(self, name: str, hash_: bytes, *, is_admin: bool = False, weight: int = 1) -> int | None:
         """The new key's id; None if there is a key with this hash already."""
-        rows = await self._rows("create_key", {"name": name, "hash": hash_, "is_admin": is_admin})
+        parameters = {"name": name, "hash": hash_, "is_admin": is_admin, "weight": weight}
+        rows = await self._rows("create_key", parameters)
         return int(rows[0]["id"]) if rows else None
 
     async def list_keys(self) -> list[Row]:
@@ -94,6 +96,10 @@ class Store:
     async def revoke_key(self, key_id: int) -> bool:
         """Whether there is such a key."""
         return bool(await self._rows("revoke_key", {"id": key_id}))
+
+    async def weigh_key(self, key_id: int, weight: int) -> bool:
+        """Whether there is such a key."""
+        return bool(await self._rows("weigh_key", {"id": key_id, "weight": weight}))
 
     async def write(self, records: list[Record]) -> int:
         """Keep finished requests, each request id once; returns how many were new. One transaction a type."""

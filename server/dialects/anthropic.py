@@ -49,7 +49,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         fields["vllm_xargs"] = fields.get("vllm_xargs", {}) | must_answer(question.variant.spec, body.max_tokens)
     turn = await ask(request, question)
     if body.stream:
-        return SseResponse(_stream(turn), turn.headers, turn.close, keep_alive=PING)
+        return SseResponse(turn.from_queue(_stream(turn)), turn.headers, turn.close, keep_alive=PING)
     turn.close()
     result = orjson.loads(turn.first.data)
     return json_response(_named(result, turn) | {"stop_sequence": result.get("stop_sequence")}, turn.headers)

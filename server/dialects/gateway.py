@@ -19,7 +19,7 @@ async def chat(request: Request, body: ChatCompletionsRequest) -> Response:
         raise InvalidRequest("n: a stream of this dialect holds one answer.", param="n")
     turn = await ask(request, openai.question_of(request, body))
     if body.stream:
-        return SseResponse(_stream(turn), turn.headers, turn.close)
+        return SseResponse(turn.from_queue(_stream(turn)), turn.headers, turn.close)
     turn.close()
     return json_response(openai.completion(turn), turn.headers)
 

@@ -36,7 +36,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     if body.stream:
         options = body.stream_options
         wants_usage = bool(body.include_usage or (options is not None and options.include_usage))
-        return SseResponse(_stream(turn, wants_usage), turn.headers, turn.close)
+        return SseResponse(turn.from_queue(_stream(turn, wants_usage)), turn.headers, turn.close)
     turn.close()
     return json_response(_answer(turn), turn.headers)
 

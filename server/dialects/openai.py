@@ -132,7 +132,7 @@ async def chat(request: Request, body: ChatCompletionsRequest) -> Response:
     """Answer `/v1/chat/completions`. Raises ServiceError; once a stream has begun, errors are events in it."""
     turn = await ask(request, question_of(request, body))
     if body.stream:
-        return SseResponse(_stream(turn, wants_usage(body)), turn.headers, turn.close)
+        return SseResponse(turn.from_queue(_stream(turn, wants_usage(body))), turn.headers, turn.close)
     turn.close()
     return json_response(completion(turn), turn.headers)
 
@@ -199,7 +199,7 @@ async def completions(request: Request, body: CompletionsRequest) -> Response:
             fields[name] = value
     turn = await ask(request, Question(variant, "completions", fields, ignored=ignored))
     if body.stream:
-        return SseResponse(_stream(turn, wants_usage(body)), turn.headers, turn.close)
+        return SseResponse(turn.from_queue(_stream(turn, wants_usage(body))), turn.headers, turn.close)
     turn.close()
     return json_response(turn.whole(), turn.headers)
 

@@ -3,9 +3,12 @@
 Knows no dialect's shapes.
 """
 
+import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +23,21 @@ from server.core.registry import ModelSpec
 from server.dialects import memory
 from server.dispatch import Call, Dispatcher, Ticket, again
 from server.errors import PREFIX
+from server.limits import traceparent
 from server.schemas.chat import SESSION_ID
 from server.sse import unless_disconnected
 from server.variants import Variant
 
+QUEUED_S = 3.0
+"""How long a stream waits in the queue before it begins with comments on where it stands, and between two of them."""
 
-@dataclass(frozen=True, slots=True)
+NOT_YET = Frame("", "", 0, "started")
+
+
+@dataclass(slots=True)
 class Turn:
-    """A chat that a worker has taken: its first frame is here, and nothing is refused any more.
+    """A chat that a worker has taken: its first frame is here, and nothing is refused any more. Or a stream that has
+    waited long: its first frame is `coming`, and what is refused then is an event.
 
     `sources` are the past chats that `-search` showed to the model. Close it when its client has it all.
     """
@@ -39,14 +49,36 @@ class Turn:
     session_id: str
     headers: dict[str, str]
     sources: list[dict[str, Any]]
+    coming: asyncio.Task[Frame] | None = None
 
     def close(self) -> None:
         self.ticket.close()
+        if self.coming is not None:
+            self.coming.cancel()
+
+    def from_queue(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The events; before them, while the request waits in the queue, comments on where it stands."""
+        return events if self.coming is None else self._with_places(events)
+
+    async def _with_places(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        while self.coming is not None and not self.coming.done():
+            if (place := self.ticket.place) is not None:
+                yield (
+                    b": position %d\n\n" % place.position
+                    if place.wait_s is None
+                    else (b": position %d, about %d s\n\n" % (place.position, math.ceil(place.wait_s)))
+                )
+            await asyncio.wait({self.coming}, timeout=QUEUED_S)
+        async with aclosing(events):
+            async for event in events:
+                yield event
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
         """Every frame but the last, `done`. Raises the ServiceError that the answer ended with."""
         started: float = self.request.state.started
         to_next = metrics.inter_token_latency.labels(self.model).observe
+        if self.coming is not None:
+            self.first = await self.coming
         frame, last = self.first, 0.0
         if self.ticket.api == "completions":  # a chat's first frame opens the answer and carries no text
             last = time.monotonic()
@@ -113,7 +145,7 @@ async def ask(request: Request, question: Question) -> Turn:
     headers = {"X-Session-Id": session_id, **notes(question.variant.asked, spec, question.ignored)}
     found = await memory.recall(request, spec, question.text) if question.variant.search else memory.NOTHING
     try:
-        ticket, first = await _submit(request, _call(request, question, session_id, found))
+        ticket, first, coming = await _submit(request, _call(request, question, session_id, found))
     except ContextExceeded:
         if not found.context:
             raise
@@ -121,8 +153,8 @@ async def ask(request: Request, question: Question) -> Turn:
         found = memory.NOTHING
         call = _call(request, question, session_id, found)
         # A job of its own: a worker may still have the first in hand.
-        ticket, first = await _submit(request, replace(call, request_id=again(call.request_id)))
-    return Turn(request, ticket, first, spec.id, session_id, headers, found.sources)
+        ticket, first, coming = await _submit(request, replace(call, request_id=again(call.request_id)))
+    return Turn(request, ticket, first, spec.id, session_id, headers, found.sources, coming)
 
 
 def _call(request: Request, question: Question, session_id: str, found: memory.Recalled) -> Call:
@@ -135,23 +167,48 @@ def _call(request: Request, question: Question, session_id: str, found: memory.R
         key_id=request.state.principal.key_id,
         session_id=session_id,
         recorded=question.api != "count_tokens",
-        traceparent=request.headers.get("traceparent", ""),
+        traceparent=traceparent(request.headers),
         context=found.context,
+        weight=request.state.principal.weight,
     )
 
 
-async def _submit(request: Request, call: Call) -> tuple[Ticket, Frame]:
-    """The call's ticket and its first frame. Raises ServiceError."""
+async def _submit(request: Request, call: Call) -> tuple[Ticket, Frame, asyncio.Task[Frame] | None]:
+    """The call's ticket and its first frame, which is still coming if it is to be streamed and waits long in the queue.
+
+    Raises ServiceError.
+    """
     dispatcher: Dispatcher = request.app.state.dispatcher
     ticket = await dispatcher.submit(call)
     try:
         # Nothing is answered before the worker has taken the request for good: what it refuses becomes
         # a status, not an event.
-        first = await unless_disconnected(request, ticket.next())
+        # What was put before the question may have to be taken away again, which no stream can.
+        if call.body.get("stream") and not call.context:
+            coming = asyncio.create_task(ticket.next())
+            coming.add_done_callback(_seen)  # its client may leave before anybody looks at it
+            try:
+                await unless_disconnected(request, _come_or_long_queued(ticket, coming))
+            except BaseException:
+                coming.cancel()
+                raise
+            return (ticket, coming.result(), None) if coming.done() else (ticket, NOT_YET, coming)
+        return ticket, await unless_disconnected(request, ticket.next()), None
     except BaseException:
         ticket.close()
         raise
-    return ticket, first
+
+
+def _seen(coming: asyncio.Task[Frame]) -> None:
+    if not coming.cancelled():
+        coming.exception()
+
+
+async def _come_or_long_queued(ticket: Ticket, coming: asyncio.Task[Frame]) -> None:
+    while True:
+        await asyncio.wait({coming}, timeout=QUEUED_S)
+        if coming.done() or ticket.place is not None:
+            return
 
 
 def must_answer(spec: ModelSpec, max_tokens: int | None) -> dict[str, int]:

@@ -38,7 +38,7 @@ async def respond(request: Request, body: ResponsesRequest) -> Response:
     text = given if isinstance(given, str) else last_question(given)
     turn = await ask(request, Question(variant, "responses", fields, text=text, ignored=ignored))
     if body.stream:
-        return SseResponse(_stream(turn), turn.headers, turn.close)
+        return SseResponse(turn.from_queue(_stream(turn)), turn.headers, turn.close)
     turn.close()
     result = orjson.loads(turn.first.data)
     return json_response(result | ({"sources": turn.sources} if turn.sources else {}), turn.headers)

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -23,6 +23,7 @@ class Life:
     worker: Child
     client: httpx.AsyncClient
     other: httpx.AsyncClient
+    settings: dict[str, str] = field(default_factory=dict)
 
     def begun(self) -> list[str]:
         """What was asked in the jobs that a worker has begun."""
@@ -32,7 +33,7 @@ class Life:
     async def new_worker(self, slots: int = 8) -> Child:
         """Counts, as soon as it is heard of."""
         argv = ("tests.faults.counting", "--model", MODEL, "--slots", str(slots))
-        child = await self.parts.run("counting", *argv, BEGUN=str(self.parts.folder / "begun"))
+        child = await self.parts.run("counting", *argv, BEGUN=str(self.parts.folder / "begun"), **self.settings)
         await until(self.ready)
         return child
 
@@ -72,11 +73,13 @@ class Life:
 
 
 @asynccontextmanager
-async def life(parts: Rig, slots: int = 8) -> AsyncIterator[Life]:
-    (first, one), (second, two) = await asyncio.gather(parts.server("server-1"), parts.server("server-2"))
+async def life(parts: Rig, slots: int = 8, **settings: str) -> AsyncIterator[Life]:
+    (first, one), (second, two) = await asyncio.gather(
+        parts.server("server-1", **settings), parts.server("server-2", **settings)
+    )
     async with parts.client(first) as client, parts.client(second) as other:
-        made = Life(parts, [first, second], [one, two], one, client, other)
-        await parts.archive()
+        made = Life(parts, [first, second], [one, two], one, client, other, settings)
+        await parts.archive(**settings)
         made.worker = await made.new_worker(slots)
         yield made
 

@@ -99,7 +99,7 @@ async def test_rabbitmq_is_killed_and_comes_back(parts: Rig) -> None:
         os.kill(held.process.pid, signal.SIGCONT)
 
         async def taken() -> bool:
-            return await jobs_waiting(parts, HELD) == (0, 1)
+            return await jobs_waiting(parts, HELD) == (0, 2)
 
         await until(taken, RECONNECT_S)
         await healthy(client)

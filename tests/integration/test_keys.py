@@ -13,7 +13,7 @@ import pytest
 from psycopg import conninfo
 
 from server import keys
-from server.core.errors import DatabaseUnavailable
+from server.core.errors import DatabaseUnavailable, RecordRefused
 from server.db.listen import listen
 from server.db.pool import Pool, make_pool, migrate
 from server.db.store import KeyRow, Row, Store
@@ -182,6 +182,29 @@ async def test_an_unknown_key_is_asked_for_each_time_and_let_in_once_it_is_made(
     assert not cache._kept
     await store.create_key("new", hash_)
     assert await cache.find(hash_) is not None
+
+
+async def test_a_weight_counts_as_soon_as_it_is_given(cache: Heard, store: Store, key: Key) -> None:
+    # Given a key with the weight that keys have unless told otherwise
+    async def weight() -> int:
+        row = await cache.find(key.hash)
+        assert row is not None
+        return row.weight
+
+    assert await weight() == 1
+    # When it is given another, then whoever had it cached is told
+    assert await store.weigh_key(key.id, 3)
+    await until(lambda: cache.told == 1)
+    assert await weight() == 3
+    # And no key has none, or all the turns
+    for wrong in (0, 101):
+        with pytest.raises(RecordRefused):
+            await store.weigh_key(key.id, wrong)
+    assert not await store.weigh_key(2**40, 2)
+    heavy = await store.create_key("heavy", hash_ := secrets.token_bytes(32), weight=5)
+    row = await store.find_key(hash_)
+    assert row is not None
+    assert (row.id, row.weight) == (heavy, 5)
 
 
 async def test_a_revocation_while_the_listener_is_cut_off_is_not_missed(

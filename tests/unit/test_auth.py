@@ -55,7 +55,7 @@ class FakeStore:
         self.counts: dict[int, int] = {}
         self.reset_at = int(time.time()) + 30
 
-    async def create_key(self, name: str, hash_: bytes, *, is_admin: bool = False) -> int | None:
+    async def create_key(self, name: str, hash_: bytes, *, is_admin: bool = False, weight: int = 1) -> int | None:
         if hash_ in self.keys:
             return None
         self.keys[hash_] = KeyRow(len(self.keys) + 1, name, hash_, is_admin, None)

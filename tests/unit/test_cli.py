@@ -137,6 +137,8 @@ def test_a_wrong_setting_is_named(
         (server_parser, ["serve", "--port", "http"]),
         (server_parser, ["keys"]),
         (server_parser, ["keys", "create"]),
+        (server_parser, ["keys", "create", "ada", "--weight", "0"]),
+        (server_parser, ["keys", "weigh", "1", "heavy"]),
         (server_parser, ["keys", "revoke", "ada"]),
         (workers_parser, []),
         (workers_parser, ["nonsense"]),

@@ -24,8 +24,9 @@ def dispatcher() -> Dispatcher:
 def submit(dispatcher: Dispatcher, id_: str) -> Ticket:
     now = time.time()
     waiter = Waiter(Job(id_, "talker", "/chat", {}, KEY, "replies.x", now, now + 10))
+    waiter.sent = True
     dispatcher.inbox.waiting[id_] = waiter
-    return Ticket(waiter, dispatcher._end)
+    return Ticket(waiter, dispatcher._lines["talker"], dispatcher._end)
 
 
 def put(dispatcher: Dispatcher, id_: str, kind: str, data: bytes = b"", seq: int = 0) -> None:

@@ -1,1 +1,1 @@
-SELECT id, name, hash, is_admin, revoked_at FROM api_keys WHERE hash = %(hash)s
+SELECT id, name, hash, is_admin, revoked_at, weight FROM api_keys WHERE hash = %(hash)s

@@ -1,1 +1,1 @@
-SELECT id, name, is_admin, created_at, revoked_at FROM api_keys ORDER BY id
+SELECT id, name, is_admin, created_at, revoked_at, weight FROM api_keys ORDER BY id

@@ -1,0 +1,1 @@
+UPDATE api_keys SET weight = %(weight)s WHERE id = %(id)s RETURNING id

@@ -1,0 +1,136 @@
+"""One key floods: another key's request starts within two engine slots, and shares follow the keys' weights."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from tests.faults.life import CHAT, Life, life, say
+from tests.faults.rig import Rig, until
+
+FLOOD = 240
+TOKENS = (20, 23, 26, 29, 32)
+"""Of a flooding job, at 20 ms each; they differ, so that slots are not freed all at once."""
+
+
+async def waiting(client: httpx.AsyncClient) -> int:
+    """Requests of this server that no worker has begun."""
+    page = (await client.get("/metrics")).text
+    return next(int(float(line.split()[-1])) for line in page.splitlines() if line.startswith("qwen3_requests_waiting"))
+
+
+@asynccontextmanager
+async def flooding(running: Life, clients: list[httpx.AsyncClient], count: int = FLOOD) -> AsyncIterator[None]:
+    """One key's jobs, hundreds of which wait at both servers and at the workers; ended with the test."""
+    jobs = [
+        asyncio.create_task(
+            clients[n % len(clients)].post(CHAT, json=say("flood", max_tokens=TOKENS[n % len(TOKENS)]), timeout=100)
+        )
+        for n in range(count)
+    ]
+    try:
+        await until(lambda: all_wait(clients, count // 2))
+        yield
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+
+async def all_wait(clients: list[httpx.AsyncClient], count: int) -> bool:
+    return sum([await waiting(client) for client in clients]) >= count
+
+
+async def begun_after(running: Life, client: httpx.AsyncClient, name: str) -> int:
+    """How many jobs are begun between the moment that a request is sent and its own beginning."""
+    at_first = len(running.begun())
+    await until(lambda: len(running.begun()) > at_first)  # a slot has just been taken: the next is freed later
+    before = len(running.begun())
+    asked = asyncio.create_task(client.post(CHAT, json=say(name, max_tokens=5)))
+    await until(lambda: name in running.begun())
+    assert (await asked).status_code == 200
+    return running.begun().index(name) - before
+
+
+async def test_another_keys_request_starts_within_two_slots(parts: Rig) -> None:
+    # Given one key with hundreds of requests at two servers, for a worker with four slots
+    other_key = await parts.new_key("other")
+    async with life(parts, slots=4) as running:
+        async with flooding(running, [running.client, running.other]):
+            # When another key asks, by either server, then its request is among the next that are begun
+            for number, url in enumerate(running.urls * 3):
+                async with parts.client(url, other_key) as client:
+                    assert await begun_after(running, client, f"mine {number}") <= 2
+            assert await all_wait([running.client, running.other], 100)  # the flood went on meanwhile
+        # And what its clients no longer wait for is never begun
+        begun = len(running.begun())
+        await asyncio.sleep(2)
+        assert len(running.begun()) <= begun + 4
+        assert await until(lambda: nobody_waits(running))
+
+
+async def nobody_waits(running: Life) -> bool:
+    return not await waiting(running.client) + await waiting(running.other)
+
+
+async def test_two_workers_take_turns_alike(parts: Rig) -> None:
+    # Given the flood at two workers, one of which came when it had begun
+    other_key = await parts.new_key("other")
+    async with life(parts, slots=2) as running, flooding(running, [running.client, running.other]):
+        await running.new_worker(slots=2)
+        begun = len(running.begun())
+        await until(lambda: len(running.begun()) > begun + 12)
+        # Then each of them starts another key's request within two of its slots
+        for number, url in enumerate(running.urls * 2):
+            async with parts.client(url, other_key) as client:
+                assert await begun_after(running, client, f"mine {number}") <= 4
+
+
+async def test_shares_follow_weights(parts: Rig) -> None:
+    # Given two keys, one with three times the weight of the other, that both have more to do than can be done
+    heavy = await made_key(parts, "heavy", "--weight", "3")
+    light = await made_key(parts, "light")
+    async with life(parts, slots=2) as running:
+        jobs: list[asyncio.Task[Any]] = []
+        clients = [parts.client(url, key) for url in running.urls for key in (light, heavy)]
+        for number in range(160):
+            client = clients[number % 4]
+            name = "heavy" if number % 2 else "light"
+            jobs.append(asyncio.create_task(client.post(CHAT, json=say(name, max_tokens=10))))
+        await until(lambda: len(running.begun()) >= 74)
+        # Then of what is begun, the first few aside, three in four are the heavier one's
+        shares = running.begun()[10:74]
+        assert 42 <= shares.count("heavy") <= 54, shares
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        for client in clients:
+            await client.aclose()
+
+
+async def made_key(parts: Rig, name: str, *options: str) -> str:
+    """A key, as a person makes it."""
+    command = await parts.run(f"key-{name}", "server", "keys", "create", name, *options)
+    assert await command.process.wait() == 0
+    return (parts.folder / f"key-{name}.log").read_text().split()[0]
+
+
+async def test_what_waits_at_a_worker_that_stops_is_done_by_another(parts: Rig) -> None:
+    async with life(parts, slots=1) as running:
+        # Given jobs that wait at a worker behind one that takes long
+        first = asyncio.create_task(running.client.post(CHAT, json=say("first", max_tokens=150)))
+        await until(running.begun)
+        names = [f"waits {number}" for number in range(10)]
+        others = [asyncio.create_task(running.client.post(CHAT, json=say(name, max_tokens=5))) for name in names]
+        await until(lambda: all_wait([running.client], 10))
+        # When the worker is told to stop, and another one comes
+        await running.new_worker(slots=1)
+        running.worker.process.send_signal(signal.SIGTERM)
+        # Then all are answered, each was begun once, and the worker ended well
+        answers = await asyncio.gather(first, *others)
+        assert [answer.status_code for answer in answers] == [200] * 11
+        assert sorted(running.begun()) == sorted(["first", *names])
+        assert await running.worker.process.wait() == 0

@@ -138,6 +138,8 @@ async def test_postgres_is_frozen(parts: Rig) -> None:
     async with parts.client(url) as client, parts.client(url, other) as unseen:
         await healthy(client)
         assert await answered_in_time(client, "s1")
+        # And a pool of connections, each of which will hang
+        await asyncio.gather(*(client.get(path) for path in READS * 4))
         # When Postgres no longer moves
         frozen = postgres_processes(parts)
         for process in frozen:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -103,10 +104,15 @@ def _serve(settings: Settings, fd: int | None) -> int:
         return asyncio.run(ServerProcesses(settings).run())
     # Here, because no other command needs the half of it, and the process that keeps several of these none.
     from server.app import create_app
-    from server.core.http import HttpServer
+    from server.core.http import Bounds, HttpServer, Shared
+    from server.errors import refusal
 
     app = create_app(settings, load_registry(settings.models_file))
-    server = HttpServer(app, settings.host, settings.port, settings.drain_timeout_s)
+    bounds = Bounds(settings.max_connections, settings.receive_timeout_s, settings.stalled_reader_s)
+    shared = Shared(bounds, refusal)
+    server = HttpServer(app, settings.host, settings.port, settings.drain_timeout_s, shared)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is a file, and shells allow few
     sockets = None if fd is None else [socket.socket(fileno=fd)]
 
     async def until_stopped() -> None:

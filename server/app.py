@@ -10,7 +10,7 @@ from fastapi import FastAPI, Security
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from server import exporter
+from server import docs, exporter
 from server.auth import ensure_keys
 from server.core import watchdog
 from server.core.registry import Registry
@@ -66,7 +66,14 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             await app.state.dispatcher.close()
             await pool.close()
 
-    app = FastAPI(title="Qwen3 inference service", version=VERSION, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="Qwen3 inference service",
+        version=VERSION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # ours needs nothing from elsewhere
+        redoc_url=None,
+    )
     app.state.settings, app.state.registry = settings, registry
     app.state.started_at = int(time.time())
     app.state.draining = False
@@ -82,7 +89,8 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         app.include_router(exporter.router, prefix=prefix, include_in_schema=documented)
         for routes in (inference, history, openai, requests, anthropic):
             app.include_router(routes.router, prefix=prefix, include_in_schema=documented, dependencies=keyed)
-    app.add_middleware(Accounting, direct=direct_routes(app.routes))
+    app.include_router(docs.router)
+    app.add_middleware(Accounting, direct=direct_routes(app.routes), origins=settings.cors_origins)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 

@@ -103,6 +103,7 @@ class Dispatcher:
             [model.id for model in registry.models],
             settings.queue_max_jobs,
             also_consume=self._consume,
+            max_unread_bytes=settings.stream_buffer_bytes,
         )
         self.peers.inbox = self.inbox
         self.inbox.on_begun = lambda request_id: self._let_go(self._line_of(request_id).left(request_id))

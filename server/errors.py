@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server.core.errors import (
+    HeadersTooLarge,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -76,8 +77,14 @@ def error_body(error: ServiceError, dialect: Dialect, request_id: str = "") -> d
     return {"error": error.message, "status_code": status, "timestamp": datetime.now(UTC).isoformat()}
 
 
+def refusal(status: int, message: str, path: str) -> bytes:
+    """The JSON of an error about what was no proper HTTP request, for the server beneath the framework."""
+    error = HeadersTooLarge(message) if status == HeadersTooLarge.status else from_status(status, message)
+    return orjson.dumps(error_body(error, dialect_of(path, {})))
+
+
 def error_response(error: ServiceError, request: Request) -> Response:
-    dialect = dialect_of(request.url.path, request.headers)
+    dialect = dialect_of(request.scope["path"], request.headers)
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
@@ -141,7 +148,7 @@ def short(value: Any) -> str:
 
 async def _http(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
-    method, path = request.method, ascii(request.url.path)[1:-1]
+    method, path = request.method, ascii(request.scope["path"])[1:-1]
     error: ServiceError
     if exc.status_code == HTTPStatus.NOT_FOUND:
         error = NotFound(f"There is no {path} here. The API is listed at /docs.")

@@ -5,6 +5,7 @@ takes nothing but a body, and answers with a response of its own, is called dire
 framework still documents it. Every other keyed route goes the framework's way, past the key.
 """
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from server.auth import authenticate
-from server.core.errors import PayloadTooLarge, ServiceError
+from server.core.errors import ClientTooSlow, PayloadTooLarge, ServiceError
 from server.errors import answer_to
 
 JSON_HEADER = (b"content-type", b"application/json")
@@ -36,11 +37,16 @@ class JsonRequest(Request):
                 raise too_large
             chunks: list[bytes] = []
             size = 0
-            async for chunk in self.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise too_large
-                chunks.append(chunk)
+            timeout_s: float = self.app.state.settings.receive_timeout_s
+            try:
+                async with asyncio.timeout(timeout_s):
+                    async for chunk in self.stream():
+                        size += len(chunk)
+                        if size > limit:
+                            raise too_large
+                        chunks.append(chunk)
+            except TimeoutError as exc:
+                raise ClientTooSlow(f"The body did not arrive within {timeout_s:g} s.") from exc
             self._body = b"".join(chunks)
         return self._body
 

@@ -5,6 +5,7 @@ Owns the numbers, the names of refused parameters and the checks of small free-f
 stand in json_schema.py. Knows no dialect, and not what the worker knows: a model's vocabulary and its context.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -59,6 +60,9 @@ MAX_HEADER_BYTES = 16 * 1024
 
 MAX_EMBEDDING_INPUTS = 2048
 """Texts in one request, as OpenAI has it."""
+
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+"""As W3C's Trace Context has it; what is otherwise is to be ignored."""
 
 _TEMPLATE = "the chat template is the model's own"
 _GRAMMAR = "give a JSON Schema in the field the dialect has for it"
@@ -124,6 +128,12 @@ What would only be without effect is not here; the dialects ignore that and say 
 TEMPLATE_KWARGS = frozenset({"enable_thinking"})
 """What a request may tell the chat template. The rest reaches the renderer's own arguments, a template among them:
 CVE-2025-62426 (GHSA-69j4-grxj-j64p), CVE-2026-115918 (GHSA-x567-49g5-p4cf)."""
+
+
+def traceparent(headers: Mapping[str, str]) -> str:
+    """The trace that a request belongs to; empty if there is none or not a proper one."""
+    given = headers.get("traceparent", "")
+    return given if TRACEPARENT.fullmatch(given) else ""
 
 
 def refuse(fields: Iterable[str] | Mapping[str, Any]) -> None:

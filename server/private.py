@@ -5,6 +5,7 @@ Each is started, watched and stopped by `up`; nothing of either listens beyond t
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -18,13 +19,20 @@ from typing import Any
 
 import psutil
 
+from server.core import topology
+from server.core.amqp import CONFIRM_TIMEOUT_S, AmqpLink
+from server.core.errors import BrokerUnavailable
 from server.core.settings import BadSettings
 from server.process import Child, start
+
+logger = logging.getLogger(__name__)
 
 RABBITMQ_PATHS = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/homebrew/sbin/rabbitmq-server")
 """Preferred to the one on PATH: Debian's wrapper there insists on its own user and directories."""
 START_TIMEOUT_S = 60.0
 POLL_S = 1.0
+WATCH_S = 5.0
+USELESS_S = 30.0
 MIB, GIB = 2**20, 2**30
 MAX_SOCKET_FOLDER = 80
 """A Unix socket's path has at most 107 bytes; past that the wheel falls back to a folder open to everybody."""
@@ -209,6 +217,7 @@ class PrivateRabbitMQ:
     _broker: Child | None = None
     _ports: tuple[int, int, int] | None = None
     _listening: bool = False
+    _url: str = ""
 
     async def start(self) -> str:
         """Returns its URL. Raises BadSettings when RabbitMQ is not installed or does not start."""
@@ -241,16 +250,49 @@ class PrivateRabbitMQ:
         )
         self._broker = await start("rabbitmq", [program], environment, self.folder / "rabbitmq.log", self.cores)
         await self._until_listening(port)
-        return f"amqp://qwen3:{self._password()}@127.0.0.1:{port}/%2F"
+        self._url = f"amqp://qwen3:{self._password()}@127.0.0.1:{port}/%2F"
+        return self._url
 
     async def ended(self) -> None:
-        """Returns once it runs no longer; `start` then starts it again, at the same address."""
+        """Returns once it runs no longer, or is of no use; `start` then starts it again, at the same address."""
         assert self._broker is not None
-        await self._broker.process.wait()
+        tasks = [asyncio.create_task(self._broker.process.wait()), asyncio.create_task(self._until_of_no_use())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self._listening = False
         await self.stop()
 
+    async def _until_of_no_use(self) -> None:
+        """Returns when nothing is confirmed, or nobody let in, for half a minute: a full disk ends the log of quorum
+        queues, and the node lives on without. An alarm is no such thing: it passes."""
+
+        async def setup(own: AmqpLink) -> None:
+            await own.declare_queue(topology.WATCH)
+
+        link = AmqpLink(self._url, "watch", setup)
+        missed_s = 0.0
+        try:
+            with contextlib.suppress(BrokerUnavailable):
+                await link.start(USELESS_S)
+                while missed_s < USELESS_S:
+                    await asyncio.sleep(WATCH_S)
+                    try:
+                        await link.publish(topology.WATCH, b"")
+                    except BrokerUnavailable:
+                        missed_s += WATCH_S + (CONFIRM_TIMEOUT_S if link.connected else 0)
+                        if not link.blocked:
+                            continue
+                    missed_s = 0.0
+            logger.error("broker of no use", extra={"action": "watch"})
+        finally:
+            await link.close()
+
     async def stop(self) -> None:
-        # While it boots it heeds no signal, and has nothing to lose yet.
+        # While it boots, or is of no use, it may heed no signal, and has nothing to lose.
         timeout_s = 30 if self._listening else 2
         self._listening = False
         for child in (self._broker, self._epmd):

@@ -5,6 +5,7 @@ less a request costs, and the row of a busy key is never waited for by its own r
 """
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from server.db.store import Store
 
 COUNT_TIMEOUT_S = 1.0
 DOWN_S = 2.0
-"""How long a process counts for itself before it asks Postgres again, once that did not answer."""
+"""How often a process that counts for itself, since Postgres did not answer, looks whether it does again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class RateLimiter:
         self._store = store
         self._waiting: dict[int, list[asyncio.Future[RateState | None]]] = {}
         self._counting: asyncio.Task[None] | None = None
-        self._down_until = 0.0
+        self._down = False
+        self._look_at = 0.0
+        self._looking: asyncio.Task[None] | None = None
         self._own_minute = 0
         self._own: dict[int, int] = {}
 
@@ -70,14 +73,28 @@ class RateLimiter:
 
     async def _ask(self, requests: dict[int, int]) -> dict[int, RateState]:
         """Each key's state after these requests."""
-        if time.monotonic() >= self._down_until:
+        if self._down:
+            self._look()
+        else:
             try:
                 rows = await within(COUNT_TIMEOUT_S, self._store.count_requests(requests))
             except (DatabaseUnavailable, TimeoutError):
-                self._down_until = time.monotonic() + DOWN_S
+                self._down, self._look_at = True, time.monotonic() + DOWN_S
             else:
                 return {row["key_id"]: RateState(self.limit, row["requests"], row["reset_at"]) for row in rows}
         return self._count_here(requests)
+
+    def _look(self) -> None:
+        """See now and then whether Postgres is back, while nobody waits for it."""
+        now = time.monotonic()
+        if now >= self._look_at and (self._looking is None or self._looking.done()):
+            self._look_at = now + DOWN_S
+            self._looking = asyncio.create_task(self._see())
+
+    async def _see(self) -> None:
+        with contextlib.suppress(DatabaseUnavailable):
+            await self._store.count_requests({})
+            self._down = False
 
     def _count_here(self, requests: dict[int, int]) -> dict[int, RateState]:
         minute = int(time.time()) // 60

@@ -22,7 +22,7 @@ import httpx
 
 from server.auth import hash_key, new_key
 from server.core.registry import Registry, load_registry
-from server.core.settings import BadSettings, Settings
+from server.core.settings import SECRETS, BadSettings, Settings
 from server.core.signals import stop_event
 from server.db.pool import make_pool, migrate, open_pool
 from server.db.store import Store
@@ -206,6 +206,8 @@ class Supervisor:
             "SERVER_WORKERS": str(self._settings.server_workers),
             "RATE_LIMIT_PER_MINUTE": str(self._settings.rate_limit_per_minute),
             "METRICS_PORT": "0",
+            # What files hold was read, and goes on by its own name.
+            **{f"{name}_file".upper(): "" for name in SECRETS},
         }
         others = off_the_engine(registry)
         if others is not None:

@@ -22,7 +22,7 @@ from server.core.signals import stop_event
 from server.db.pool import make_pool
 from server.db.store import Store
 from server.db.vector_index import VectorIndexes
-from workers.base import Beacon
+from workers.beacon import Beacon
 from workers.probe import Probe
 from workers.vectors import Vectors
 

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -17,12 +16,13 @@ from functools import partial
 
 import msgspec
 
-from server.core import metrics, topology, watchdog
+from server.core import metrics, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
-from server.core.messages import Cancel, FrameKind, Job, Lane, Record, Status, WorkerType, decode, encode, encode_frames
+from server.core.messages import Cancel, FrameKind, Job, Lane, Record, WorkerType, decode, encode, encode_frames
 from server.core.settings import Settings
 from server.core.signals import stop_event
+from workers.beacon import Beacon
 from workers.probe import Probe
 from workers.replies import Reply, ReplyOutbox
 from workers.serving import EngineDied
@@ -37,8 +37,6 @@ WAITED_S = 1.0
 """A job older than this when it is taken may have lost its client meanwhile."""
 HEAR_S = 0.25
 """For a server to say that nobody waits for a job any more."""
-FADING = 0.95
-"""What is left after a second of the count of jobs begun for a server: it tells of the last 20 s or so."""
 HALT_S = 0.5
 """For an engine that was told to stop to hand over what it has made; then it is taken by force."""
 
@@ -50,76 +48,6 @@ ENDED_HUNG_S = 10.0
 LOOKAHEAD = 1024
 """Jobs of a lane that a worker takes besides those it runs, to choose the next from by turns. What is not taken waits
 in the order it came; servers let few jobs of a key come at once (server/admission.py), so that this holds all."""
-
-
-class Beacon:
-    """Says once a second on the `status` fanout how a worker fares."""
-
-    def __init__(self, link: AmqpLink, type_: WorkerType, model: str, probe: Probe) -> None:
-        self._link = link
-        self._probe = probe
-        self.worker = f"{type_}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-        self.type, self.model = type_, model
-        self.running = self.waiting = self.waiting_batch = self.backlog = self.slots = 0
-        self.job_s = 0.0
-        self.begun: dict[str, float] = {}
-        self.lag_s = 0.0
-        self.progress_at = 0.0
-        self.problem = ""
-        self._made = 0
-        self._tokens_per_s = 0.0
-
-    def progress(self, made: int = 1) -> None:
-        """Count tokens, vectors or rows made."""
-        self._made += made
-        self.progress_at = time.time()
-
-    def began(self, server: str) -> None:
-        """A job of the server with this reply queue."""
-        self.begun[server] = self.begun.get(server, 0.0) + 1
-
-    def took(self, seconds: float) -> None:
-        """A job has run for so long, well or badly."""
-        self.job_s += (seconds - self.job_s) / 16 if self.job_s else seconds
-
-    async def run(self) -> None:
-        last, made = time.monotonic(), 0
-        while True:
-            await asyncio.sleep(1)
-            watchdog.beat()
-            if self._link.blocked:
-                continue  # it would pile up, and nobody wants to know later how things were
-            now = time.monotonic()
-            self._tokens_per_s = round((self._made - made) / (now - last), 1)
-            last, made = now, self._made
-            faded = ((server, FADING * jobs) for server, jobs in self.begun.items())
-            self.begun = {server: jobs for server, jobs in faded if jobs >= 0.1}
-            self.say()
-
-    def say(self, *, leaving: bool = False) -> None:
-        """Once, now; `leaving` when this worker ends as it was asked to."""
-        status = Status(
-            worker=self.worker,
-            type=self.type,
-            model=self.model,
-            ready=self._probe.ready,
-            running=self.running,
-            waiting=self.waiting,
-            tokens_per_s=self._tokens_per_s,
-            progress_at=self.progress_at,
-            metrics_port=self._probe.port,
-            backlog=self.backlog,
-            lag_s=round(self.lag_s, 3),
-            problem=self.problem,
-            leaving=leaving,
-            slots=self.slots,
-            job_s=round(self.job_s, 3),
-            waiting_batch=self.waiting_batch,
-            begun={server: round(jobs, 2) for server, jobs in self.begun.items()},
-        )
-        # A broker that is away comes back by itself.
-        with contextlib.suppress(BrokerUnavailable):
-            self._link.broadcast(topology.STATUS, encode(status))
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,8 +294,16 @@ class Worker(ABC):
             logger.exception("not a job", extra={"action": "decode"})
             self._consumer.reject(delivery, requeue=False)
             return
+        if job.model != self.model:
+            logger.error("job of another model", extra={"action": "decode"})
+            self._consumer.reject(delivery, requeue=False)
+            return
         if run := self._runs.get(job.id):
-            run.delivery = delivery  # delivered again after a reconnection, while it still runs
+            if run.delivery.channel is delivery.channel:
+                logger.error("second job of one id", extra={"action": "decode", "request_id": job.id})
+                self._consumer.reject(delivery, requeue=False)
+            else:
+                run.delivery = delivery  # delivered again after a reconnection, while it still runs
             return
         if lane is not None:
             job = replace(job, lane=lane)
@@ -478,7 +414,8 @@ class Worker(ABC):
             return "cancelled"
         run.reply, run.handling = reply, True
         late = DeadlineExceeded("The request was not answered before its deadline.")
-        deadline = asyncio.get_running_loop().call_later(job.deadline - time.time(), self._end, run, late)
+        left_s = min(job.deadline - time.time(), self.settings.request_timeout_s)
+        deadline = asyncio.get_running_loop().call_later(left_s, self._end, run, late)
         answer: Answer | None = None
         try:
             answer = await self.handle(job, reply)

@@ -45,6 +45,7 @@ class ChatWorker(Worker):
 
     async def halt(self, job: Job) -> bool:
         return await self._engine.serving[job.api].halt(job.id)
+
     def hung_s(self) -> float:
         return self._heart.hung_s
 

@@ -136,10 +136,12 @@ class Embedder:
 
 def _load(spec: ModelSpec) -> Any:
     """The model in float32, whatever format its files have."""
+    # Pickled weights are programs: the model's are refused, and what its other parts bring is read as data.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     from sentence_transformers import SentenceTransformer
 
     options: dict[str, Any] = {"revision": spec.revision, "truncate_dim": spec.dimensions}
-    dtype = {"dtype": torch.float32}
+    dtype = {"dtype": torch.float32, "use_safetensors": True}
     if spec.pooling is None:
         return SentenceTransformer(spec.source, model_kwargs=dtype, **options).eval()
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer

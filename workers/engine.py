@@ -20,6 +20,8 @@ DEFAULTS: dict[str, Any] = {
     # One backend, named: vLLM keeps the first that a request needs, and "auto" may then hand it another's grammar.
     # White space only where JSON must have it: small models loop in it until max_tokens otherwise.
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    # Pickled weights are programs. The registry lets no entry name a format that would read them.
+    "load_format": "safetensors",
     # With tool_choice "none" the model is not shown the tools; shown them, it may call one all the same, as text.
     "exclude_tools_when_tool_choice_none": True,
 }
@@ -130,6 +132,7 @@ def engine_arguments(spec: ModelSpec, media_domains: list[str], *, few_cores: bo
 async def start_engine(spec: ModelSpec, settings: Settings) -> AsyncIterator[ChatEngine]:
     """Load the model and serve it until the context ends. Takes a minute or two."""
     os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(Path(__file__).parent / "vllm_logging.json"))
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # what else a model brings is data, or is refused
     # Self-hosted: nothing about the requests or the machine leaves it.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A host that is allowed may not send the engine on to one that is not.

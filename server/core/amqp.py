@@ -160,13 +160,19 @@ class AmqpLink:
 
     def publish_soon(self, queue: str, body: bytes, *, message_id: str = "") -> asyncio.Future[None]:
         """`publish`, returning at once with what to wait for. What this link sends later arrives later."""
-        if self._blocked:
-            raise BrokerUnavailable(BLOCKED)
         if len(body) > topology.MAX_MESSAGE_BYTES:
             # The broker would close the channel over it, and cut off everybody else's.
             raise PayloadTooLarge(f"The request is larger than {topology.MAX_MESSAGE_BYTES} bytes.")
         properties = pika.BasicProperties(message_id=message_id, delivery_mode=2, content_type="application/json")
-        tag = self._basic_publish("", queue, body, properties, mandatory=False)
+        return self._confirmed(queue, body, properties, mandatory=False)
+
+    def _confirmed(
+        self, queue: str, body: bytes, properties: pika.BasicProperties, mandatory: bool
+    ) -> asyncio.Future[None]:
+        """Send; what is returned ends when the broker has it, or fails when it does not say so in time."""
+        if self._blocked:
+            raise BrokerUnavailable(BLOCKED)
+        tag = self._basic_publish("", queue, body, properties, mandatory)
         loop = asyncio.get_running_loop()
         confirmed: asyncio.Future[None] = loop.create_future()
         self._unconfirmed[tag] = confirmed
@@ -189,9 +195,7 @@ class AmqpLink:
 
         Raises BrokerUnavailable.
         """
-        tag = self._basic_publish("", queue, body, pika.BasicProperties(delivery_mode=1), mandatory=True)
-        confirmed = self._unconfirmed[tag] = asyncio.get_running_loop().create_future()
-        await confirmed
+        await self._confirmed(queue, body, pika.BasicProperties(delivery_mode=1), mandatory=True)
 
     def broadcast(self, exchange: str, body: bytes) -> None:
         self._basic_publish(exchange, "", body, pika.BasicProperties(delivery_mode=1), mandatory=False)

@@ -8,6 +8,7 @@
     ├── Forbidden               403  the key is known but may not do this
     ├── NotFound                404
     ├── MethodNotAllowed        405
+    ├── ClientTooSlow           408  the client did not send its request, or read its answer, in time
     ├── PayloadTooLarge         413
     ├── Unprocessable           422  an Idempotency-Key that stands for another request
     ├── HeadersTooLarge         431
@@ -79,6 +80,10 @@ class NotFound(ServiceError):
 
 class MethodNotAllowed(ServiceError):
     status = 405
+
+
+class ClientTooSlow(ServiceError):
+    status = 408
 
 
 class PayloadTooLarge(ServiceError):
@@ -155,6 +160,7 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
         Forbidden,
         NotFound,
         MethodNotAllowed,
+        ClientTooSlow,
         PayloadTooLarge,
         Cancelled,
         TooManyRequests,

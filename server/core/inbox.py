@@ -18,6 +18,7 @@ from server.core.continuation import Continuation, Differs, may_continue
 from server.core.errors import (
     AnswerLost,
     BrokerUnavailable,
+    ClientTooSlow,
     DeadlineExceeded,
     EngineFailed,
     PayloadTooLarge,
@@ -31,6 +32,10 @@ DEADLINE_GRACE_S = 2.0
 """How much longer than a job's deadline its waiter waits, so that the worker's own word on it arrives."""
 
 
+GIVEN_UP = "given up"
+"""In place of a run's name: of this one nothing comes."""
+
+
 class Waiter:
     """The frames of one request, in order, as if there had been one run of its job.
 
@@ -42,6 +47,7 @@ class Waiter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.sent = self.started = False
+        self.unread_bytes = 0
         self._run = ""
         self._seq = 0
         self._told = False
@@ -88,6 +94,8 @@ class Waiter:
 
     def _begin(self, frame: Frame) -> bool:
         """Follow the run of this frame from now on, if that is a new one."""
+        if self._run == GIVEN_UP:
+            return False
         if self._run and frame.kind != "started":
             return False  # of a run that was given up
         if self._told:
@@ -101,8 +109,17 @@ class Waiter:
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
         return True
 
+    def give_up(self) -> None:
+        """Forget what waits for a client that does not read; it finds an error there if it ever does."""
+        self._frames.clear()
+        self.unread_bytes = 0
+        self._run, self._handed = GIVEN_UP, None
+        self._add(ClientTooSlow("The answer was not read while it was made, and has ended."))
+
     def _add(self, item: Frame | Exception) -> None:
         self._frames.append(item)
+        if isinstance(item, Frame):
+            self.unread_bytes += len(item.data)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -117,6 +134,7 @@ class Waiter:
         item = self._frames.popleft()
         if isinstance(item, Exception):
             raise item
+        self.unread_bytes -= len(item.data)
         if item.kind == "error":
             error = decode(ErrorFrame, item.data)
             raise from_status(error.status, error.message, error.param, error.code)
@@ -141,8 +159,10 @@ class Inbox:
         models: list[str],
         queue_max_jobs: int,
         also_consume: Callable[[AmqpLink], Awaitable[None]] | None = None,
+        max_unread_bytes: int = 1024 * 1024,
     ) -> None:
         self.queue = ""
+        self._max_unread_bytes = max_unread_bytes
         self.on_begun: Callable[[str], None] = lambda request_id: None
         self._name = name
         self.waiting: dict[str, Waiter] = {}
@@ -236,12 +256,20 @@ class Inbox:
         for frame in frames:
             waiter = self.waiting.get(frame.request_id)
             if waiter is not None:
+                if waiter.unread_bytes > self._max_unread_bytes:
+                    self._give_up(waiter)
                 begun = waiter.started
                 waiter.put(frame)
                 if waiter.started and not begun:
                     self.on_begun(frame.request_id)
             elif frame.kind == "started":
                 self.cancel(frame.request_id)  # by a worker that was not there to hear it the first time
+
+    def _give_up(self, waiter: Waiter) -> None:
+        """Its client is not there to read, and may never be: what it asked for is made no further."""
+        logger.info("answer not read", extra={"action": "cut", "request_id": waiter.job.id})
+        waiter.give_up()
+        self.cancel(waiter.job.id)
 
     def _on_dead(self, delivery: Delivery) -> None:
         """A job was given up on, perhaps one of this process."""

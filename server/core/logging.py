@@ -1,16 +1,27 @@
-"""JSON logs: a constant message plus fields (`action`, `request_id`, `model`). Never a prompt."""
+"""JSON logs: a constant message plus fields (`action`, `request_id`, `model`). Never a prompt, never a secret."""
 
 import logging
+import re
 import sys
 
 from pythonjsonlogger.json import JsonFormatter
+
+SECRETS = re.compile(r"\bqk-[\w-]{8,}|(?<=://)[^/\s\"@]*(?=@)|(?<=bearer )[^\s\",']+", re.IGNORECASE)
+"""Keys of ours, and the user and password of a URL, which a library's exception may quote."""
+
+
+class Discreet(JsonFormatter):
+    """Whatever ends up in a line, what looks like a secret does not."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return SECRETS.sub("[hidden]", super().format(record))
 
 
 def configure(level: str, process: str) -> None:
     """Send every log line of this process to stderr as one JSON object."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        JsonFormatter(
+        Discreet(
             "%(asctime)s %(levelname)s %(name)s %(message)s",
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             static_fields={"process": process},

@@ -1,5 +1,6 @@
 """The messages between server, workers and archivist, and their encodings.
 
+What arrives is held to these types, whoever sent it: `decode` lets nothing else in.
 Durable messages (jobs, history) and the small fanouts are JSON, so that `dead` can be read by a person.
 Frames live for milliseconds and carry text chunks and vectors as they are: those are MessagePack.
 A field may be added with a default; none is renamed or removed while an older process may still run.
@@ -7,13 +8,36 @@ A field may be added with a default; none is renamed or removed while an older p
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+\Z")]
+"""Of a request, a session, a worker. It becomes a routing key, a property or a log line, so that it holds nothing else
+and fits: what is too long for the broker is found out by the connection, with all that others have on it."""
+
+Text = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[^\x00]*\Z")]
+"""Short text that Postgres takes."""
+
+Reference = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^([\x21-\x7e]+)?\Z")]
+"""A name, or nothing."""
+
+ReplyTo = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^replies\.[A-Za-z0-9._-]+\Z")]
+"""Nothing but a reply queue: answers sent to another would be jobs, records or dead letters there."""
+
+KeyId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+Moment = Annotated[float, msgspec.Meta(ge=0, le=4102444800)]
+"""Unix seconds until 2100: Postgres takes dates that nobody can read back."""
+
+Deadline = Annotated[float, msgspec.Meta(ge=0)]
+"""Unix seconds; workers bound it by what a request may take at all."""
 
 Lane = Literal["interactive", "batch"]
 WorkerType = Literal["chat", "embedding", "archive"]
@@ -32,17 +56,17 @@ class Job:
     neither history nor usage. `lane` is that of the queue a worker took it from. `weight` is the key's share of turns.
     """
 
-    id: str
-    model: str
-    endpoint: str
+    id: Name
+    model: Name
+    endpoint: Text
     body: dict[str, Any]
-    key_id: int
-    reply_to: str
-    created_at: float
-    deadline: float
-    session_id: str = ""
+    key_id: KeyId
+    reply_to: ReplyTo
+    created_at: Moment
+    deadline: Deadline
+    session_id: Reference = ""
     recorded: bool = True
-    traceparent: str = ""
+    traceparent: Text = ""
     api: Api = "chat"
     context: str = ""
     lane: Lane = "interactive"
@@ -96,19 +120,19 @@ class Record:
     `created_at` and `finished_at` are in Unix seconds.
     """
 
-    request_id: str
+    request_id: Name
     type: Literal["chat", "embedding"]
-    key_id: int
-    model: str
-    endpoint: str
-    prompt_tokens: int
-    completion_tokens: int
-    created_at: float
-    finished_at: float
-    session_id: str = ""
+    key_id: KeyId
+    model: Name
+    endpoint: Text
+    prompt_tokens: Count
+    completion_tokens: Count
+    created_at: Moment
+    finished_at: Moment
+    session_id: Reference = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
-    finish_reason: str = ""
-    texts: int = 0
+    finish_reason: Text = ""
+    texts: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +165,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    request_id: str
+    request_id: Name
 
 
 RequestStatus = Literal["queued", "running", "completed", "failed", "cancelled"]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from server.core.errors import UnknownModel
 from server.core.settings import BadSettings
@@ -26,6 +26,12 @@ FOREIGN: dict[ModelType, tuple[str, ...]] = {
     "embedding": ("engine", "modalities"),
 }
 """Fields that say nothing of a model of this type."""
+
+
+SAFE_FORMATS = frozenset(
+    {"safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "sharded_state", "mistral", "dummy"}
+)
+"""vLLM's formats of weights that are data; the others may be pickles, which are programs."""
 
 
 class ModelSpec(BaseModel):
@@ -56,6 +62,16 @@ class ModelSpec(BaseModel):
     pooling: Literal["mean", "cls", "lasttoken", "max"] | None = None
     dtype: Dtype = "auto"
     stand_in_for: tuple[str, ...] = ()
+
+    @field_validator("engine")
+    @classmethod
+    def _runs_no_code_of_the_weights(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        named = {name.replace("-", "_"): value for name, value in engine.items()}
+        if named.get("trust_remote_code"):
+            raise ValueError("trust_remote_code is not offered: it runs what comes with the weights")
+        if str(named.get("load_format", "safetensors")) not in SAFE_FORMATS:
+            raise ValueError(f"load_format must be one of {', '.join(sorted(SAFE_FORMATS))}: others may be pickles")
+        return engine
 
     @property
     def extra_samplers(self) -> bool:

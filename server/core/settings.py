@@ -4,17 +4,23 @@ Built once in `__main__` and passed down; nothing else reads the environment. Th
 settings is held against this class by a test.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pydantic
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.core.errors import ServiceError
 
 SECRETS = frozenset({"api_key", "database_url", "amqp_url"})
-"""Never shown, not even where they are wrong."""
+"""Never shown, not even where they are wrong. Each may come from the file that `<name>_file` names instead."""
+
+MAX_SECRET_BYTES = 64 * 1024
+
+ORIGIN = re.compile(r"\*|https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
+"""As browsers send it: no path, no closing slash."""
 
 
 class BadSettings(ServiceError):
@@ -35,13 +41,36 @@ class Settings(BaseSettings):
     )
     data_dir: Path = Field(Path(".data"), description="Database, broker, logs and made models of `./run`")
     database_url: str = Field("", description="Postgres with pgvector; unset: a private one in `DATA_DIR`")
+    database_url_file: str = Field("", description="A file that holds `DATABASE_URL`, as containers mount secrets")
     amqp_url: str = Field("", description="RabbitMQ; unset: a private one in `DATA_DIR`")
+    amqp_url_file: str = Field("", description="A file that holds `AMQP_URL`")
     api_key: str = Field(
         "", description="Keys, comma-separated, the first is the admin's; unset: one is made and shown once"
     )
+    api_key_file: str = Field("", description="A file that holds `API_KEY`; its keys may stand on lines of their own")
     rate_limit_per_minute: int = Field(50, ge=0, description="Requests a key may make each minute; 0: no limit")
     max_body_bytes: int = Field(
         4 * 2**20, ge=1024, le=8 * 2**20, description="Largest request body, 8388608 at the most; past it 413"
+    )
+    max_connections: int = Field(
+        1024,
+        ge=8,
+        description="Connections one process of the API keeps; one more ends the longest idle, else gets 503",
+    )
+    receive_timeout_s: float = Field(
+        60, gt=0, allow_inf_nan=False, description="What a request's head, and its body, get to arrive in; past it 408"
+    )
+    stalled_reader_s: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="How long a client may take nothing of its answer; then it is cut off",
+    )
+    stream_buffer_bytes: int = Field(
+        1024 * 1024, ge=1024, description="What of a stream is kept for a client that does not read; past it, it ends"
+    )
+    cors_allowed_origins: str = Field(
+        "", description="Origins, comma-separated, whose pages may call the API from a browser; `*`: any; unset: none"
     )
     allowed_media_domains: str = Field(
         "", description="Hosts, comma-separated, that images, audio and video may be fetched from; unset: none"
@@ -55,7 +84,7 @@ class Settings(BaseSettings):
     search_max_tokens: int = Field(
         1024, ge=1, description="Most tokens that `-search` puts before a question; never over a quarter of the context"
     )
-    queue_max_jobs: int = Field(512, ge=1, description="Jobs that may wait for a model; past it 429")
+    queue_max_jobs: int = Field(512, ge=1, description="Jobs that may wait for a model at a server process, of one key at the most half of them; past it 429")
     request_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="Longest a request may take, its wait included"
     )
@@ -78,6 +107,24 @@ class Settings(BaseSettings):
     )
     log_level: str = Field("INFO", pattern="(?i)^(debug|info|warning|error)$", description="Least severe log line")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_files(cls, given: Any) -> Any:
+        for name in SECRETS:
+            if path := given.get(f"{name}_file"):
+                if given.get(name):
+                    raise ValueError(f"{name.upper()} and {name.upper()}_FILE are both set; one is enough")
+                given = given | {name: _secret(name, Path(path))}
+        return given
+
+    @field_validator("cors_allowed_origins")
+    @classmethod
+    def _as_browsers_say(cls, value: str) -> str:
+        for origin in filter(None, (part.strip() for part in value.split(","))):
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin, such as https://chat.example.com")
+        return value
+
     @field_validator("api_key")
     @classmethod
     def _printable(cls, value: str) -> str:
@@ -85,6 +132,10 @@ class Settings(BaseSettings):
             if not key.strip().isascii() or not key.strip().isprintable() or " " in key.strip():
                 raise ValueError("a key is printable ASCII without spaces")
         return value
+
+    @property
+    def cors_origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_allowed_origins.split(",") if origin.strip()]
 
     @property
     def media_domains(self) -> list[str]:
@@ -100,6 +151,19 @@ class Settings(BaseSettings):
         return [key.strip() for key in self.api_key.split(",") if key.strip()]
 
 
+def _secret(name: str, path: Path) -> str:
+    """A secret's file. Raises ValueError, which shows nothing of what is in it."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_SECRET_BYTES + 1)
+        text = content.decode().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ValueError(f"{name.upper()}_FILE: {path} cannot be read as text") from exc
+    if not text or len(content) > MAX_SECRET_BYTES:
+        raise ValueError(f"{name.upper()}_FILE: {path} is empty, or larger than {MAX_SECRET_BYTES} bytes")
+    return ",".join(text.split()) if name == "api_key" else text
+
+
 def load_settings(**given: Any) -> Settings:
     """Settings from the environment, with what was `given` on the command line (None: not given).
 
@@ -110,6 +174,9 @@ def load_settings(**given: Any) -> Settings:
     except pydantic.ValidationError as exc:
         wrong = []
         for error in exc.errors():
+            if not error["loc"]:
+                wrong.append(error["msg"].removeprefix("Value error, "))
+                continue
             name = str(error["loc"][0])
             got = "" if name in SECRETS else f" (got {error['input']!r})"
             wrong.append(f"{name.upper()}: {error['msg']}{got}")

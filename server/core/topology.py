@@ -23,6 +23,9 @@ DEAD = "dead"
 DEAD_LETTERS = "dead-letters"
 """Fanout: each job given up on, to `dead` and to every server, one of which has a client that waits for it."""
 
+WATCH = "watch"
+"""Whoever runs a broker asks here whether it still takes something. It keeps the last."""
+
 TRIES_TOGETHER = 2
 """How often a job is tried among others. All jobs in hand of a worker that is lost count a delivery, so that one whose
 worker was lost this often is only under suspicion: twice is bad luck with machines."""
@@ -39,6 +42,7 @@ MAX_JOB_BYTES = 8 * 2**20
 ARGUMENTS: dict[str, dict[str, Any]] = {
     # Without a limit of its own, RabbitMQ 4 drops what was delivered 20 times; no record may be dropped.
     HISTORY: {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
+    WATCH: {"x-queue-type": "quorum", "x-max-length": 1, "x-delivery-limit": 1},
 }
 """Of queues with one name."""
 

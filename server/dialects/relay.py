@@ -23,6 +23,7 @@ from server.core.registry import ModelSpec
 from server.dialects import memory
 from server.dispatch import Call, Dispatcher, Ticket, again
 from server.errors import PREFIX
+from server.limits import traceparent
 from server.schemas.chat import SESSION_ID
 from server.sse import unless_disconnected
 from server.variants import Variant
@@ -166,7 +167,7 @@ def _call(request: Request, question: Question, session_id: str, found: memory.R
         key_id=request.state.principal.key_id,
         session_id=session_id,
         recorded=question.api != "count_tokens",
-        traceparent=request.headers.get("traceparent", ""),
+        traceparent=traceparent(request.headers),
         context=found.context,
         weight=request.state.principal.weight,
     )

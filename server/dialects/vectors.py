@@ -11,6 +11,7 @@ from server.core.messages import EmbeddingResult, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec
 from server.dispatch import Call
 from server.errors import PREFIX
+from server.limits import traceparent
 from server.schemas.embeddings import MAX_TEXTS
 from server.sse import unless_disconnected
 
@@ -45,7 +46,7 @@ async def embed(
             },
             key_id=request.state.principal.key_id,
             recorded=recorded,
-            traceparent=request.headers.get("traceparent", ""),
+            traceparent=traceparent(request.headers),
             weight=request.state.principal.weight,
         )
         for start in range(0, len(texts), MAX_TEXTS)

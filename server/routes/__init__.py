@@ -10,6 +10,7 @@ from server.schemas.service import ErrorBody
 FAILURES = {
     400: "A field is missing, malformed or out of range",
     401: "No key, or one that is not valid",
+    408: "The body did not arrive in time",
     413: "The body is too large",
     429: "Too many requests, or the model's queue is full: see Retry-After",
     431: "The headers are too large",

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator, model_v
 from pydantic_core import PydanticCustomError
 
 from server.limits import MAX_MESSAGES, MAX_STOP, MAX_STOP_LENGTH, MAX_TOOL_NAME, MAX_TOOLS, TOOL_NAME
-from server.schemas.common import MANY, ONE, by_type, one_or_many
+from server.schemas.common import MANY, ONE, Many, by_type, one_or_many
 from server.schemas.messages import Strict, not_too_deep
 from server.schemas.parameters import MAX_INT32
 
@@ -56,7 +56,7 @@ class ToolResultBlock(Strict):
     tool_use_id: str = Field(min_length=1, max_length=256)
     content: (
         Annotated[
-            Annotated[str, Tag(ONE)] | Annotated[list[ResultPart], Tag(MANY)],
+            Annotated[str, Tag(ONE)] | Annotated[Many[ResultPart], Tag(MANY)],
             one_or_many("a string or a list of blocks"),
         ]
         | None
@@ -87,7 +87,7 @@ Block = Annotated[
     by_type("text", "image", "tool_use", "tool_result", "thinking", "redacted_thinking"),
 ]
 TextOrBlocks = Annotated[
-    Annotated[str, Tag(ONE)] | Annotated[list[Block], Tag(MANY)], one_or_many("a string or a list of blocks")
+    Annotated[str, Tag(ONE)] | Annotated[Many[Block], Tag(MANY)], one_or_many("a string or a list of blocks")
 ]
 
 
@@ -143,26 +143,26 @@ class CountTokensRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: Annotated[str | None, Field(max_length=128, examples=["qwen3-0.6b"])] = None
-    messages: list[MessageParam] = Field(
+    messages: Many[MessageParam] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
         examples=[[{"role": "user", "content": "What is the capital of France?"}]],
     )
     system: (
         Annotated[
-            Annotated[str, Tag(ONE)] | Annotated[list[TextBlock], Tag(MANY)],
+            Annotated[str, Tag(ONE)] | Annotated[Many[TextBlock], Tag(MANY)],
             one_or_many("a string or a list of text blocks"),
         ]
         | None
     ) = None
-    tools: list[ToolParam] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Many[ToolParam] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: ToolChoiceParam | None = None
     thinking: Thinking | None = None
 
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1, le=MAX_INT32, examples=[64])
-    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] | None = Field(
+    stop_sequences: Many[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] | None = Field(
         None, max_length=MAX_STOP
     )
     stream: bool | None = None

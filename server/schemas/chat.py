@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
-from server.schemas.common import MANY, ONE, one_or_many
+from server.limits import MAX_MESSAGES
+from server.schemas.common import MANY, ONE, Many, one_or_many
 from server.schemas.parameters import SamplingParameters, Switch
 
 SESSION_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -25,7 +26,7 @@ class Message(BaseModel):
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag(ONE)] | Annotated[list[TextPart], Tag(MANY)],
+        Annotated[str, Tag(ONE)] | Annotated[Many[TextPart], Tag(MANY)],
         one_or_many("a string or a list of text parts"),
     ]
 
@@ -41,8 +42,10 @@ class ChatRequest(SamplingParameters):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    messages: list[Message] = Field(
-        min_length=1, examples=[[{"role": "user", "content": "What is the capital of France?"}]]
+    messages: Many[Message] = Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        examples=[[{"role": "user", "content": "What is the capital of France?"}]],
     )
     model: str | None = Field(
         None, max_length=128, description="The default chat model if left out", examples=["qwen3-0.6b"]

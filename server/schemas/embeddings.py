@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.schemas.common import MANY, ONE, one_or_many
+from server.schemas.common import MANY, ONE, Many, one_or_many
 
 MAX_TEXTS = 256
 
@@ -24,7 +24,7 @@ class EmbeddingRequest(BaseModel):
     text: Text | None = Field(None, examples=["Sample text for embedding"])
     input: (
         Annotated[
-            Annotated[Text, Tag(ONE)] | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS), Tag(MANY)],
+            Annotated[Text, Tag(ONE)] | Annotated[Many[Text], Field(min_length=1, max_length=MAX_TEXTS), Tag(MANY)],
             one_or_many("a string or a list of strings"),
         ]
         | None

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator, model_v
 from pydantic_core import PydanticCustomError
 
 from server.limits import MAX_TOOL_NAME, TOOL_NAME
-from server.schemas.common import MANY, OBJECT, ONE, by_type, one_or_many, word_or_object
+from server.schemas.common import MANY, OBJECT, ONE, Many, by_type, one_or_many, word_or_object
 
 
 class Strict(BaseModel):
@@ -125,13 +125,13 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[
-            Annotated[str, Tag(ONE)] | Annotated[list[Part], Tag(MANY)],
+            Annotated[str, Tag(ONE)] | Annotated[Many[Part], Tag(MANY)],
             one_or_many("a string or a list of parts"),
         ]
         | None
     ) = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning: str | None = None

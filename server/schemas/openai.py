@@ -21,7 +21,7 @@ from server.limits import (
     MAX_TOP_LOGPROBS,
 )
 from server.schemas.chat import StreamOptions
-from server.schemas.common import ID_LISTS, IDS, MANY, ONE, by_type, one_or_many, texts_or_tokens
+from server.schemas.common import ID_LISTS, IDS, MANY, ONE, Many, by_type, one_or_many, texts_or_tokens
 from server.schemas.embeddings import Text
 from server.schemas.messages import ChatMessage, Strict, Tool, ToolChoice
 from server.schemas.parameters import MAX_INT32, SamplingParameters, Switch
@@ -33,13 +33,13 @@ MaxTokens = Annotated[int | None, Field(ge=1, le=MAX_INT32)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = (
     Annotated[
-        Annotated[StopString, Tag(ONE)] | Annotated[list[StopString], Field(max_length=MAX_STOP), Tag(MANY)],
+        Annotated[StopString, Tag(ONE)] | Annotated[Many[StopString], Field(max_length=MAX_STOP), Tag(MANY)],
         one_or_many("a string or a list of strings"),
     ]
     | None
 )
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[Many[TokenId], Field(min_length=1)]
 
 
 class TextFormat(Strict):
@@ -76,12 +76,12 @@ class Generation(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_N)
     stop: Stop = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: Many[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_LOGIT_BIAS)
+    logit_bias: Annotated[dict[str, float], Field(fail_fast=True)] | None = Field(None, max_length=MAX_LOGIT_BIAS)
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -103,14 +103,14 @@ class Generation(BaseModel):
 class ChatCompletionsRequest(SamplingParameters, Generation):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    messages: list[ChatMessage] = Field(
+    messages: Many[ChatMessage] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
         examples=[[{"role": "user", "content": "What is the capital of France?"}]],
     )
     max_completion_tokens: MaxTokens = None
     max_tokens: MaxTokens = Field(None, description="The older name of `max_completion_tokens`")
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Many[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: Switch | None = None
@@ -123,9 +123,9 @@ class ChatCompletionsRequest(SamplingParameters, Generation):
 class CompletionsRequest(Generation):
     prompt: Annotated[
         Annotated[str, Tag(ONE)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag(MANY)]
-        | Annotated[list[TokenId], Field(min_length=1), Tag(IDS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag(ID_LISTS)],
+        | Annotated[Many[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag(MANY)]
+        | Annotated[Many[TokenId], Field(min_length=1), Tag(IDS)]
+        | Annotated[Many[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag(ID_LISTS)],
         texts_or_tokens(),
     ] = Field(examples=["The capital of France is"])
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT32, description="16 if left out")
@@ -140,9 +140,9 @@ class EmbeddingsRequest(BaseModel):
 
     input: Annotated[
         Annotated[Text, Tag(ONE)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS), Tag(MANY)]
-        | Annotated[list[TokenId], Field(min_length=1), Tag(IDS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS), Tag(ID_LISTS)],
+        | Annotated[Many[Text], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS), Tag(MANY)]
+        | Annotated[Many[TokenId], Field(min_length=1), Tag(IDS)]
+        | Annotated[Many[TokenIds], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS), Tag(ID_LISTS)],
         texts_or_tokens(),
     ] = Field(examples=["Sample text for embedding"])
     model: Annotated[str | None, Field(max_length=128, examples=["qwen3-embedding-0.6b"])] = None

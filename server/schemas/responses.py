@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator
 
 from server.limits import MAX_MESSAGES, MAX_TOOL_NAME, MAX_TOOLS, MAX_TOP_LOGPROBS, TOOL_NAME
-from server.schemas.common import MANY, OBJECT, ONE, by_type, one_or_many, word_or_object
+from server.schemas.common import MANY, OBJECT, ONE, Many, by_type, one_or_many, word_or_object
 from server.schemas.messages import Strict, object_in
 from server.schemas.openai import INT64, ModelName, TextFormat
 from server.schemas.parameters import MAX_INT32
@@ -45,7 +45,7 @@ class InputMessage(Strict):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Annotated[
-        Annotated[str, Tag(ONE)] | Annotated[list[ContentPart], Tag(MANY)],
+        Annotated[str, Tag(ONE)] | Annotated[Many[ContentPart], Tag(MANY)],
         one_or_many("a string or a list of parts"),
     ]
 
@@ -65,7 +65,7 @@ class FunctionCallOutput(Strict):
     id: str | None = None
     call_id: str = Field(min_length=1, max_length=256)
     output: Annotated[
-        Annotated[str, Tag(ONE)] | Annotated[list[InputText], Tag(MANY)],
+        Annotated[str, Tag(ONE)] | Annotated[Many[InputText], Tag(MANY)],
         one_or_many("a string or a list of texts"),
     ]
 
@@ -82,8 +82,8 @@ class ReasoningText(Strict):
 class ReasoningItem(Strict):
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[ReasoningText] = Field(default_factory=list)
-    content: list[ReasoningText] | None = None
+    summary: Many[ReasoningText] = Field(default_factory=list)
+    content: Many[ReasoningText] | None = None
 
 
 Item = Annotated[
@@ -136,7 +136,7 @@ class ResponsesRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     input: Annotated[
-        Annotated[str, Tag(ONE)] | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES), Tag(MANY)],
+        Annotated[str, Tag(ONE)] | Annotated[Many[Item], Field(min_length=1, max_length=MAX_MESSAGES), Tag(MANY)],
         one_or_many("a string or a list of items"),
     ] = Field(examples=["What is the capital of France?"])
     model: ModelName = None
@@ -145,7 +145,7 @@ class ResponsesRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     stream: bool | None = None
-    tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Many[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag(ONE)] | Annotated[ChosenFunctionTool, Tag(OBJECT)],
@@ -156,7 +156,7 @@ class ResponsesRequest(BaseModel):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = Field(None, max_length=16, description="`message.output_text.logprobs`; others ignored")
+    include: Many[str] | None = Field(None, max_length=16, description="`message.output_text.logprobs`; others ignored")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: Annotated[dict[str, str], Field(fail_fast=True)] | None = Field(None, max_length=16)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)

@@ -93,7 +93,7 @@ def test_tokens_and_latencies_are_measured(stack: Stack, client: httpx.Client) -
         count = f'qwen3_{histogram}_seconds_count{{model="qwen3-smoke"}}'
         assert exported(stack.url)[count] > server.get(count, 0)
     after = exported(stack.url)
-    assert after['qwen3_queue_consumers{lane="interactive",model="qwen3-smoke"}'] == 1
+    assert after['qwen3_queue_consumers{lane="interactive",model="qwen3-smoke"}'] == 2  # of the one worker
     assert after['qwen3_queue_messages{lane="interactive",model="qwen3-smoke"}'] == 0
     assert after["qwen3_history_queue_messages"] == 0
     assert after["qwen3_dead_letters"] == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.guarded import Guarded, guarded_service
 from tests.faults.rig import Rig, rig
 from tests.stack import Stack
 
@@ -13,6 +14,13 @@ from tests.stack import Stack
 async def parts(tmp_path: Path) -> AsyncIterator[Rig]:
     """Broker and database of the test's own; it starts what else it needs."""
     async with rig(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guarded]:
+    """One for all tests that abuse it: it has to stand that."""
+    async with guarded_service(tmp_path_factory.mktemp("guarded")) as made:
         yield made
 
 

@@ -93,7 +93,7 @@ def streams() -> dict[str, tuple[str, dict[str, Any]]]:
         "completion": ("/v1/completions", {**long, "prompt": "One two", "ignore_eos": True, **sampled}),
         "gateway": ("/ai/v1/chat/completions", {**chat, "temperature": 0}),
         "messages": ("/v1/messages", {**long, "messages": COUNT, "temperature": 0, "top_k": 1}),
-        "responses": ("/v1/responses", {"model": MODEL, "stream": True, "input": "Hi", **sampled,
+        "responses": ("/v1/responses", {"model": MODEL, "stream": True, "input": "Count to fifteen.", **sampled,
                                         "max_output_tokens": 1200, "top_p": 1.0}),
     }  # fmt: skip
 
@@ -156,23 +156,27 @@ async def test_killed_in_the_middle_of_streams(service: Service) -> None:
         kinds = streams()
         whole: dict[str, list[str]] = {kind: [] for kind in kinds}
         await asyncio.gather(*(read(client, *kinds[kind], whole[kind]) for kind in kinds))
-        # When the worker is killed in the middle of all of them
+        # When the worker is killed in the middle of all of them; the engine is slowed down, for some are short
         got: dict[str, list[str]] = {kind: [] for kind in kinds}
+        core = service.engine()
+        core.suspend()
         reading = [asyncio.create_task(read(client, *kinds[kind], got[kind])) for kind in kinds]
-        long = [kind for kind in kinds if len(whole[kind]) > 60]
-        await until(lambda: all(len(got[kind]) > 20 for kind in long))
+        await until(lambda: running(client, len(kinds)))
+        while not all(len(lines) >= 8 for lines in got.values()):
+            core.resume()
+            await asyncio.sleep(0.004)
+            core.suspend()
+            await asyncio.sleep(0.03)
         service.worker.process.kill()
         before = {kind: len(lines) for kind, lines in got.items()}
-        assert all(len(got[kind]) < len(whole[kind]) for kind in long), before
+        assert all(before[kind] < len(whole[kind]) - 2 for kind in kinds), before
         # And started again
+        await service.worker.stop(timeout_s=1)
         await service.start_worker()
         await asyncio.gather(*reading)
     # Then each goes on, and says what it would have said
-    assert len(long) >= 6, {kind: len(lines) for kind, lines in whole.items()}
     for kind in kinds:
         assert text_of(got[kind]) == text_of(whole[kind]), kind
-    for kind in long:
-        assert len(got[kind]) > before[kind], kind
 
 
 async def test_killed_before_the_first_token(service: Service) -> None:
@@ -183,7 +187,7 @@ async def test_killed_before_the_first_token(service: Service) -> None:
         service.engine().suspend()
         body = {"model": MODEL, "messages": COUNT, "temperature": 0}
         asking = asyncio.create_task(client.post("/v1/chat/completions", json=body, timeout=240))
-        await until(lambda: running(client))
+        await until(lambda: running(client, 1))
         # When it is killed
         service.worker.process.kill()
         await service.worker.stop(timeout_s=1)
@@ -204,9 +208,9 @@ async def test_killed_before_the_first_token(service: Service) -> None:
         assert usage["completion_tokens"] == answer.json()["usage"]["completion_tokens"]
 
 
-async def running(client: httpx.AsyncClient) -> bool:
+async def running(client: httpx.AsyncClient, count: int) -> bool:
     workers = (await client.get("/health")).json()["workers"]
-    return any(worker["running"] for worker in workers if worker["type"] == "chat")
+    return any(worker["running"] == count for worker in workers if worker["type"] == "chat")
 
 
 async def refused(client: httpx.AsyncClient, body: dict[str, Any]) -> bool:

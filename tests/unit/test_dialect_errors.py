@@ -37,6 +37,7 @@ TOLD: list[tuple[type[ServiceError], int, str, str, str | None]] = [
     (errors.Forbidden, 403, INVALID, "permission_error", None),
     (errors.NotFound, 404, INVALID, "not_found_error", None),
     (errors.MethodNotAllowed, 405, INVALID, INVALID, None),
+    (errors.ClientTooSlow, 408, INVALID, INVALID, None),
     (errors.PayloadTooLarge, 413, INVALID, "request_too_large", None),
     (errors.Unprocessable, 422, INVALID, INVALID, None),
     (errors.HeadersTooLarge, 431, INVALID, INVALID, None),

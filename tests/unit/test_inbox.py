@@ -1,12 +1,14 @@
 """A waiter gives one run's frames, whole and in order, or an error: never repeated or missing text."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
-from server.core.errors import DeadlineExceeded, EngineFailed, Unavailable
-from server.core.inbox import Waiter
-from server.core.messages import ErrorFrame, Frame, FrameKind, Job, encode
+from server.core.amqp import Delivery
+from server.core.errors import ClientTooSlow, DeadlineExceeded, EngineFailed, Unavailable
+from server.core.inbox import Inbox, Waiter
+from server.core.messages import ErrorFrame, Frame, FrameKind, Job, encode, encode_frames
 
 
 def job(deadline_in_s: float = 10) -> Job:
@@ -94,3 +96,39 @@ async def test_what_has_arrived_counts_after_the_deadline_too() -> None:
     # But nothing is waited for any more
     with pytest.raises(DeadlineExceeded):
         await waiter.next()
+
+
+async def test_what_nobody_reads_is_kept_up_to_a_bound_and_then_given_up() -> None:
+    # Given a request whose client does not read, and another one
+    inbox = Inbox("amqp://127.0.0.1:1/", "test", [], 1, max_unread_bytes=1000)
+    unread = inbox.waiting["id"] = Waiter(job())
+    read = inbox.waiting["other"] = Waiter(job())
+    texts: list[bytes] = []
+    most = 0
+    # When ten times the bound arrives for both
+    for number, frame in enumerate(frames("a", "started", *["chunk"] * 200)):
+        frame = replace(frame, data=b"x" * 50 if number else b"")
+        inbox._on_frames(delivery([frame, replace(frame, request_id="other")]))
+        most = max(most, unread.unread_bytes)
+        if number:
+            texts.append((await read.next()).data)
+    # Then little more than the bound was kept of the one, and all of the other was there
+    assert most <= 1050
+    assert texts == [b"x" * 50] * 200
+    # And who reads after all is told so, once, whatever else arrives
+    inbox._on_frames(delivery(frames("b", "started", "chunk", "done")))
+    with pytest.raises(ClientTooSlow, match="was not read"):
+        await unread.next()
+    assert unread.unread_bytes == 0
+
+
+async def test_a_large_answer_in_one_piece_is_not_given_up() -> None:
+    inbox = Inbox("amqp://127.0.0.1:1/", "test", [], 1, max_unread_bytes=1000)
+    waiter = inbox.waiting["id"] = Waiter(job())
+    whole = replace(frames("a", "result")[0], data=b"x" * 100_000)
+    inbox._on_frames(delivery([whole]))
+    assert (await waiter.next()).data == b"x" * 100_000
+
+
+def delivery(arrived: list[Frame]) -> Delivery:
+    return Delivery(encode_frames(arrived), 1, 1, channel=None)

@@ -284,3 +284,22 @@ def test_a_model_of_the_other_type_is_refused(name: str) -> None:
     # When either name is asked to chat, then the answer says what it is for
     with pytest.raises(UnknownModel, match=f"'{name}' is for embedding, not for chat. Known: talker"):
         registry.resolve(name, "chat")
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("trust_remote_code: true", "it runs what comes with the weights"),
+        ("trust-remote-code: true", "it runs what comes with the weights"),
+        ("load_format: auto", "others may be pickles"),
+        ("load_format: pt", "others may be pickles"),
+        ("load_format: [pt]", "others may be pickles"),
+        ("load-format: npcache", "others may be pickles"),
+    ],
+)
+def test_no_entry_lets_weights_be_programs(write_models: WriteModels, option: str, why: str) -> None:
+    path = write_models(
+        "models:\n- {id: a, name: A, type: chat, source: a/b, context_length: 9,\n   engine: {" + option + "}}\n"
+    )
+    with pytest.raises(BadSettings, match=f"models.yaml:3: models.0.engine: .*{why}"):
+        load_registry(path)

@@ -127,3 +127,63 @@ def test_keys_are_not_shown_when_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -
         load_settings()
     assert "API_KEY" in wrong.value.message
     assert "qk-very-secret" not in wrong.value.message
+
+
+def test_secrets_come_from_files_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Given files as containers mount them, with the line break that editors leave
+    for name, content in [
+        ("API_KEY", "one,two\nthree\n"),
+        ("DATABASE_URL", "postgresql://x\n"),
+        ("AMQP_URL", "amqp://y"),
+    ]:
+        (tmp_path / name).write_text(content)
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / name))
+    settings = load_settings()
+    assert settings.api_keys == ["one", "two", "three"]
+    assert (settings.database_url, settings.amqp_url) == ("postgresql://x", "amqp://y")
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"\xff\xfe secret", b"x" * 70_000, b"schl\xc3\xbcssel"])
+def test_a_file_without_a_proper_secret_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv("API_KEY_FILE", str(path))
+    with pytest.raises(BadSettings, match="API_KEY") as wrong:
+        load_settings()
+    assert "secret" not in wrong.value.message
+    assert "xxx" not in wrong.value.message
+
+
+def test_a_secret_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("from-the-file")
+    monkeypatch.setenv("API_KEY_FILE", str(tmp_path / "key"))
+    monkeypatch.setenv("API_KEY", "from-the-environment")
+    with pytest.raises(BadSettings, match="API_KEY and API_KEY_FILE are both set") as wrong:
+        load_settings()
+    assert "from-the" not in wrong.value.message
+
+
+def test_a_variable_that_was_emptied_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY_FILE", "")
+    monkeypatch.setenv("API_KEY", "one")
+    assert load_settings().api_keys == ["one"]
+
+
+@pytest.mark.parametrize(
+    "given", ["*", "https://a.example", "http://localhost:3000, https://b.example", "http://[::1]:80"]
+)
+def test_origins_are_as_browsers_say_them(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("CORS_ALLOWED_ORIGINS", given)
+    assert load_settings().cors_origins == [part.strip() for part in given.split(",")]
+
+
+@pytest.mark.parametrize(
+    "given", ["a.example", "https://a.example/", "https://*.example", "ftp://a", "null", "https://A.example"]
+)
+def test_what_no_browser_would_say_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("CORS_ALLOWED_ORIGINS", given)
+    with pytest.raises(BadSettings, match=r"CORS_ALLOWED_ORIGINS: .*is no origin"):
+        load_settings()

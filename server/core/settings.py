@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     queue_max_jobs: int = Field(
         512,
         ge=1,
-        description="Jobs that may wait for a model at a server process, of one key at the most half of them; past it 429",
+        description="Jobs that may wait for a model at a server process, of one key at the most half of them; "
+        "past it 429",
     )
     request_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="Longest a request may take, its wait included"

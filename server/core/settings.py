@@ -84,7 +84,12 @@ class Settings(BaseSettings):
     search_max_tokens: int = Field(
         1024, ge=1, description="Most tokens that `-search` puts before a question; never over a quarter of the context"
     )
-    queue_max_jobs: int = Field(512, ge=1, description="Jobs that may wait for a model at a server process, of one key at the most half of them; past it 429")
+    queue_max_jobs: int = Field(
+        512,
+        ge=1,
+        description="Jobs that may wait for a model at a server process, of one key at the most half of them; "
+        "past it 429",
+    )
     request_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="Longest a request may take, its wait included"
     )

@@ -31,7 +31,7 @@ class Load:
     refused: list[tuple[float, float, int]] = field(default_factory=list)
     """Sent at, answered at, Retry-After."""
     failed: list[str] = field(default_factory=list)
-    numbers: itertools.count[int] = field(default_factory=itertools.count)
+    numbers: "itertools.count[int]" = field(default_factory=itertools.count)
 
     async def ask(self, client: httpx.AsyncClient) -> None:
         sent_at = time.time()

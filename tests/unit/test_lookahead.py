@@ -1,0 +1,184 @@
+"""What a worker starts of the jobs it has taken, and what becomes of those that wait. Without a broker: deliveries come
+from the test, and what would be sent is kept."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from server.core.amqp import Delivery
+from server.core.errors import BrokerUnavailable
+from server.core.messages import Cancel, Frame, Job, Lane, Record, WorkerType, decode_frames, encode
+from server.core.settings import Settings
+from workers.base import Answer, Worker, _Slots
+from workers.replies import Reply
+
+
+class Counting(Worker):
+    """Begins a job and waits until the test ends it."""
+
+    type: WorkerType = "chat"
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(Settings(amqp_url="amqp://127.0.0.1:1/"), "m")
+        self._slots = {"interactive": _Slots(slots), "batch": _Slots(1)}
+        self.begun: list[str] = []
+        self.ends: dict[str, asyncio.Event] = {}
+        self._consumer = self.link = FakeLink()  # type: ignore[assignment]
+        self._publisher = self._outbox._link = self.link  # type: ignore[assignment]
+
+    async def start(self) -> int:
+        return 1
+
+    async def stop(self) -> None:
+        pass
+
+    async def handle(self, job: Job, reply: Reply) -> Answer:
+        self.begun.append(job.id)
+        await self.ends.setdefault(job.id, asyncio.Event()).wait()
+        now = time.time()
+        return Answer("result", b"{}", Record(job.id, "chat", job.key_id, "m", "/chat", 1, 9, now, now))
+
+    async def end(self, job_id: str) -> None:
+        self.ends.setdefault(job_id, asyncio.Event()).set()
+        await settle()
+
+    def take(self, id_: str, key: int, lane: Lane = "interactive", deadline_s: float = 60.0) -> None:
+        now = time.time()
+        job = Job(id_, "m", "/chat", {}, key, "replies.x", now, now + deadline_s, recorded=False)
+        self._on_job(lane, Delivery(encode(job), len(self.link.settled) + 1, 1, id_))  # type: ignore[arg-type]
+
+
+class FakeLink:
+    def __init__(self) -> None:
+        self.settled: list[tuple[str, str]] = []
+        self.sent: list[Frame] = []
+        self.published: list[bytes] = []
+        self.down = self.blocked = False
+
+    def ack(self, delivery: Delivery) -> None:
+        self.settled.append(("ack", str(delivery.channel)))
+
+    def reject(self, delivery: Delivery, *, requeue: bool) -> None:
+        self.settled.append(("back" if requeue else "dead", str(delivery.channel)))
+
+    def send(self, _queue: str, body: bytes) -> None:
+        self.sent += decode_frames(body)
+
+    async def publish(self, _queue: str, body: bytes, **_how: Any) -> None:
+        if self.down:
+            raise BrokerUnavailable("down")
+        self.published.append(body)
+
+    async def cancel_consumer(self, tag: str) -> None:
+        pass
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Counting]:
+    """With two slots, both taken by the first key, of which eight more wait."""
+    made = Counting(slots=2)
+    for number in range(10):
+        made.take(f"a{number}", 1)
+    await settle()
+    assert made.begun == ["a0", "a1"]
+    yield made
+    made._drop_waiting()
+    for name in list(made.ends):
+        await made.end(name)
+    assert made._runs == {}
+
+
+async def test_another_key_begins_when_one_of_the_flood_ends(worker: Counting) -> None:
+    worker.take("b0", 2)
+    worker.take("b1", 2)
+    await settle()
+    assert (worker.beacon.running, worker.beacon.waiting) == (2, 10)
+    await worker.end("a0")
+    await worker.end("a1")
+    assert worker.begun[2:] in (["b0", "a2"], ["a2", "b0"], ["b0", "b1"])
+    # And both have had theirs while the flood still waits
+    await worker.end(worker.begun[2])
+    await worker.end(worker.begun[3])
+    assert {"b0", "b1"} <= set(worker.begun[:6])
+
+
+async def test_the_lanes_have_slots_of_their_own(worker: Counting) -> None:
+    worker.take("later", 3, "batch")
+    worker.take("much later", 3, "batch")
+    await settle()
+    assert worker.begun == ["a0", "a1", "later"]
+    assert (worker.beacon.waiting, worker.beacon.waiting_batch) == (9, 1)
+    await worker.end("a0")
+    assert "much later" not in worker.begun
+    await worker.end("later")
+    assert worker.begun[-1] == "much later"
+
+
+async def test_what_is_cancelled_while_it_waits_is_done_with_and_never_begun(worker: Counting) -> None:
+    worker._on_control(Delivery(encode(Cancel("a5")), 1, 1, None))  # type: ignore[arg-type]
+    await settle()
+    assert worker.link.settled == [("ack", "a5")]
+    assert (worker.beacon.running, worker.beacon.waiting) == (2, 7)
+    # And what the server that is gone waited for too
+    worker._abandon("replies.x")
+    for name in ("a0", "a1"):
+        await worker.end(name)
+    await settle()
+    assert sorted(worker.begun) == ["a0", "a1"]
+    assert len(worker.link.settled) == 10
+    assert (worker.beacon.running, worker.beacon.waiting) == (0, 0)
+
+
+async def test_what_has_expired_while_it_waited_is_never_begun(worker: Counting) -> None:
+    worker.take("late", 2, deadline_s=0.05)
+    await asyncio.sleep(0.06)
+    await worker.end("a0")
+    await worker.end("a1")
+    assert "late" not in worker.begun
+    assert ("ack", "late") in worker.link.settled
+    worker._outbox.flush()
+    assert [frame.kind for frame in worker.link.sent if frame.request_id == "late"] == ["error"]
+    # And its slot was taken by another
+    assert worker.beacon.running == 2
+
+
+async def test_what_waits_goes_with_the_connection(worker: Counting) -> None:
+    # Given a connection that is lost: the broker delivers again, here or elsewhere
+    worker._drop_waiting()
+    await worker.end("a0")
+    assert worker.begun == ["a0", "a1"]
+    worker.take("a3", 1)
+    await settle()
+    assert worker.begun == ["a0", "a1", "a3"]
+
+
+@pytest.mark.parametrize("down", [False, True])
+async def test_what_waits_is_passed_on_when_the_worker_stops(worker: Counting, down: bool) -> None:
+    worker.link.down = down
+    await worker._take_no_more()
+    # As new messages, which count no try; where that cannot be, it is given back
+    how = "back" if down else "ack"
+    assert worker.link.settled == [(how, f"a{number}") for number in range(2, 10)]
+    assert len(worker.link.published) == (0 if down else 8)
+    await worker.end("a0")
+    await worker.end("a1")
+    assert worker.begun == ["a0", "a1"]
+
+
+async def test_a_suspect_does_not_wait_for_its_turn(worker: Counting) -> None:
+    worker.take("s", 2, None)  # type: ignore[arg-type]
+    await settle()
+    assert worker.begun == ["a0", "a1", "s"]
+    # And takes nobody's slot for good
+    await worker.end("s")
+    assert (worker.beacon.running, worker.begun[3:]) == (2, [])
+    await worker.end("a0")
+    assert worker.begun[3:] == ["a2"]

@@ -112,14 +112,14 @@ async def test_another_key_begins_when_one_of_the_flood_ends(worker: Counting) -
 
 async def test_the_lanes_have_slots_of_their_own(worker: Counting) -> None:
     worker.take("later", 3, "batch")
-    worker.take("much later", 3, "batch")
+    worker.take("much-later", 3, "batch")
     await settle()
     assert worker.begun == ["a0", "a1", "later"]
     assert (worker.beacon.waiting, worker.beacon.waiting_batch) == (9, 1)
     await worker.end("a0")
-    assert "much later" not in worker.begun
+    assert "much-later" not in worker.begun
     await worker.end("later")
-    assert worker.begun[-1] == "much later"
+    assert worker.begun[-1] == "much-later"
 
 
 async def test_what_is_cancelled_while_it_waits_is_done_with_and_never_begun(worker: Counting) -> None:

@@ -33,10 +33,13 @@ def body_of(path: str, text: str) -> dict[str, Any]:
 
 
 def within(value: Any) -> list[str]:
-    """Every string within."""
+    """Every text within: of a block not the name of its type."""
     if isinstance(value, str):
         return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    if isinstance(value, dict):
+        children = [child for name, child in value.items() if name != "type"]
+    else:
+        children = value if isinstance(value, list) else []
     return [text for child in children for text in within(child)]
 
 

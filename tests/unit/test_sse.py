@@ -230,8 +230,8 @@ async def test_what_the_generator_raises_ends_the_stream_without_its_end() -> No
 
 async def test_a_comment_keeps_a_silent_stream_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given events further apart than the keep-alive
-    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.02)
-    client, source = FakeClient(), Source(event(b"1"), 0.15, event(b"2"))
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.1)
+    client, source = FakeClient(), Source(event(b"1"), 0.75, event(b"2"))
     # When they are sent
     await respond(source, client)
     # Then comments fill the silence, and no event is lost or moved

@@ -107,6 +107,18 @@ class Stack:
         return self.command("keys", "create", name).split()[0]
 
 
+@contextmanager
+def whole_stack(folder: Path) -> Iterator[Stack]:
+    """One over `folder / "data"`; in the end it must stop well and leave nothing behind."""
+    running = Stack(folder / "data")
+    running.folder.mkdir()
+    running.start()
+    yield running
+    status = running.stop()
+    assert status == 0
+    assert running.left_behind() == []
+
+
 def say(content: str, **fields: Any) -> dict[str, Any]:
     """The body of a chat with one message."""
     return {"messages": [{"role": "user", "content": content}], **fields}

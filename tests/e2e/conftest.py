@@ -1,26 +1,19 @@
 """One stack for the whole session: an engine takes a minute to start."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import anthropic
 import httpx
 import openai
 import pytest
 
-from tests.stack import Stack
+from tests.stack import Stack, whole_stack
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    folder: Path = tmp_path_factory.mktemp("stack")
-    running = Stack(folder / "data")
-    running.folder.mkdir()
-    running.start()
-    yield running
-    status = running.stop()
-    assert status == 0
-    assert running.left_behind() == []
+    with whole_stack(tmp_path_factory.mktemp("stack")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

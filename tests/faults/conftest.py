@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.guarded import Guarded, guarded_service
 from tests.faults.rig import Rig, rig
-from tests.stack import Stack
+from tests.stack import Stack, whole_stack
 
 
 @pytest.fixture
@@ -27,11 +27,5 @@ async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gua
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One for all tests here; whoever breaks it waits until it is whole again."""
-    folder: Path = tmp_path_factory.mktemp("faults")
-    running = Stack(folder / "data")
-    running.folder.mkdir()
-    running.start()
-    yield running
-    status = running.stop()
-    assert status == 0
-    assert running.left_behind() == []
+    with whole_stack(tmp_path_factory.mktemp("faults")) as running:
+        yield running

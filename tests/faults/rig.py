@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import yaml
 
+from server.core.settings import BadSettings
 from server.db.pool import make_pool, migrate
 from server.db.store import Store
 from server.private import PrivatePostgres, PrivateRabbitMQ, free_port
@@ -117,6 +118,29 @@ async def rig(folder: Path) -> AsyncIterator[Rig]:
         if made is not None:
             await made.stop()
         await asyncio.gather(postgres.stop(), rabbitmq.stop())
+
+
+@asynccontextmanager
+async def kept_alive(private: PrivatePostgres | PrivateRabbitMQ) -> AsyncIterator[None]:
+    """It is started again whenever it ends."""
+
+    async def keep() -> None:
+        while True:
+            await private.ended()
+            while True:
+                try:
+                    await private.start()
+                    break
+                except BadSettings:
+                    await asyncio.sleep(5)
+
+    keeping = asyncio.create_task(keep())
+    try:
+        yield
+        assert not keeping.done()
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
 
 
 async def _make_key(store: Store, name: str, *, is_admin: bool) -> str:

@@ -14,7 +14,6 @@ import psutil
 
 from server.core import topology
 from server.core.amqp import AmqpLink
-from server.core.settings import BadSettings
 from tests.faults.broker import Proxy, ctl, kill
 from tests.faults.chats import (
     ANTHROPIC,
@@ -30,7 +29,7 @@ from tests.faults.chats import (
     serves,
 )
 from tests.faults.disk import disk, fill
-from tests.faults.rig import MODEL, Rig, rig, until
+from tests.faults.rig import MODEL, Rig, kept_alive, rig, until
 
 RECONNECT_S = 10
 """What is promised."""
@@ -290,7 +289,7 @@ async def test_rabbitmqs_disk_is_full(tmp_path: Path) -> None:
     # Given a broker on a small disk of its own, started again when it ends, as `up` does
     folder = tmp_path / "rabbitmq"
     with disk(folder, mebibytes=600):
-        async with rig(tmp_path) as parts, kept_alive(parts):
+        async with rig(tmp_path) as parts, kept_alive(parts.rabbitmq):
             url, server = await parts.server()
             await parts.echo()
             await parts.archive()
@@ -333,26 +332,3 @@ async def test_rabbitmqs_disk_is_full(tmp_path: Path) -> None:
 
                 assert answered_ids
                 await until(all_kept)
-
-
-@asynccontextmanager
-async def kept_alive(parts: Rig) -> AsyncIterator[None]:
-    """The broker is started again whenever it ends."""
-
-    async def keep() -> None:
-        while True:
-            await parts.rabbitmq.ended()
-            while True:
-                try:
-                    await parts.rabbitmq.start()
-                    break
-                except BadSettings:
-                    await asyncio.sleep(5)
-
-    keeping = asyncio.create_task(keep())
-    try:
-        yield
-        assert not keeping.done()
-    finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)

@@ -5,17 +5,14 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 
-from server.core.settings import BadSettings
 from tests.faults.chats import ask, health, healthy, is_refused, kept
 from tests.faults.disk import disk, fill
-from tests.faults.rig import Rig, rig, until
+from tests.faults.rig import Rig, kept_alive, rig, until
 
 DOWN_S = 60
 """What is promised."""
@@ -169,7 +166,7 @@ async def test_postgres_disk_is_full(tmp_path: Path) -> None:
     # Given a Postgres on a small disk of its own, started again when it ends, as `up` does
     folder = tmp_path / "postgres"
     with disk(folder, mebibytes=250):
-        async with rig(tmp_path) as parts, kept_alive(parts):
+        async with rig(tmp_path) as parts, kept_alive(parts.postgres):
             url, _ = await parts.server(RATE_LIMIT_PER_MINUTE="100000")
             await parts.echo()
             archive = await parts.archive()
@@ -202,26 +199,3 @@ async def test_postgres_disk_is_full(tmp_path: Path) -> None:
                 hog.unlink()
                 await all_are_kept(parts, client, chats)
                 await healthy(client)
-
-
-@asynccontextmanager
-async def kept_alive(parts: Rig) -> AsyncIterator[None]:
-    """Postgres is started again whenever it ends."""
-
-    async def keep() -> None:
-        while True:
-            await parts.postgres.ended()
-            while True:
-                try:
-                    await parts.postgres.start()
-                    break
-                except BadSettings:
-                    await asyncio.sleep(5)
-
-    keeping = asyncio.create_task(keep())
-    try:
-        yield
-        assert not keeping.done()
-    finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)

@@ -2,7 +2,6 @@
 
 import logging
 import time
-import uuid
 
 import msgspec
 
@@ -25,11 +24,7 @@ class Fleet:
         self._seen: dict[str, tuple[float, Status]] = {}
 
     async def consume(self, link: AmqpLink) -> None:
-        queue = f"status.{uuid.uuid4().hex[:12]}"
-        await link.declare_fanout(topology.STATUS)
-        await link.declare_queue(queue, exclusive=True)
-        await link.bind(queue, topology.STATUS)
-        await link.consume(queue, self._on_status)
+        await link.listen(topology.STATUS, self._on_status)
 
     def _on_status(self, delivery: Delivery) -> None:
         try:

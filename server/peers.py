@@ -44,11 +44,7 @@ class Peers:
         self._find: dict[str, Find] = {"state": state, "cancel": cancel}
 
     async def consume(self, link: AmqpLink) -> None:
-        queue = f"asks.{uuid.uuid4().hex[:12]}"
-        await link.declare_fanout(topology.ASKS)
-        await link.declare_queue(queue, exclusive=True)
-        await link.bind(queue, topology.ASKS)
-        await link.consume(queue, self._on_ask)
+        await link.listen(topology.ASKS, self._on_ask)
 
     def _on_ask(self, delivery: Delivery) -> None:
         try:

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import signal
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -214,12 +213,8 @@ class Worker(ABC):
 
     async def _setup_consumer(self, link: AmqpLink) -> None:
         await link.declare_jobs(self.model, self.settings.queue_max_jobs)
-        await link.declare_fanout(topology.CONTROL)
-        mine = f"control.{uuid.uuid4().hex[:12]}"
-        await link.declare_queue(mine, exclusive=True)
-        await link.bind(mine, topology.CONTROL)
+        await link.listen(topology.CONTROL, self._on_control)
         self._listening_since = time.time()
-        await link.consume(mine, self._on_control)
         if self._draining:
             return  # what this connection came back for is to finish what is in hand
         # One suspect at a time: if it ends this worker, no other one counts a delivery.

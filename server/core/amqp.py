@@ -8,6 +8,7 @@ never delays the acks.
 import asyncio
 import itertools
 import logging
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -261,6 +262,15 @@ class AmqpLink:
 
     async def bind(self, queue: str, exchange: str) -> None:
         await self._call(lambda channel, done: channel.queue_bind(queue, exchange, callback=done))
+
+    async def listen(self, exchange: str, on_message: Callable[[Delivery], None]) -> None:
+        """Hear all that is told on a fanout from now on, in a queue that goes with this connection."""
+        # A new name for each connection: the broker may hold on to the old one's queue for a while.
+        queue = f"{exchange}.{uuid.uuid4().hex[:12]}"
+        await self.declare_fanout(exchange)
+        await self.declare_queue(queue, exclusive=True)
+        await self.bind(queue, exchange)
+        await self.consume(queue, on_message)
 
     async def consume(
         self, queue: str, on_message: Callable[[Delivery], None], prefetch: int = 0, *, priority: int = 0

@@ -239,11 +239,7 @@ class Inbox:
         self.queue = topology.replies_queue(f"{self._name}-{uuid.uuid4().hex[:12]}")
         await link.declare_queue(self.queue, exclusive=True)
         await link.consume(self.queue, self._on_frames)
-        dead = f"{topology.DEAD_LETTERS}.{uuid.uuid4().hex[:12]}"
-        await link.declare_queue(dead, exclusive=True)
-        await link.declare_fanout(topology.DEAD_LETTERS)
-        await link.bind(dead, topology.DEAD_LETTERS)
-        await link.consume(dead, self._on_dead)
+        await link.listen(topology.DEAD_LETTERS, self._on_dead)
         if self._also_consume is not None:
             await self._also_consume(link)
 

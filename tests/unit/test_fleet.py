@@ -8,13 +8,15 @@ import pytest
 
 from server import fleet as fleet_module
 from server.core import topology
-from server.core.amqp import Delivery
+from server.core.amqp import AmqpLink, Delivery
 from server.core.messages import Status, encode
 from server.fleet import FORGOTTEN_S, STALE_S, Fleet
 
 
 class FakeLink:
     """Remembers what was declared, and hands over messages as the broker would."""
+
+    listen = AmqpLink.listen
 
     def __init__(self) -> None:
         self.fanouts: list[str] = []

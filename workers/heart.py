@@ -20,13 +20,14 @@ IDLE_S = 0.02
 
 
 class Heart:
-    """Of an engine in processes below this one. `hung_s`: for how long it has owed an answer while it did nothing.
+    """Of an engine in processes below `worker`, this one unless said. `hung_s`: for how long it has owed an answer while
+    it did nothing.
 
     Counted in looks a second apart, not by the clock: after this process was held up itself, the answer may be there.
     """
 
-    def __init__(self, ask: Callable[[], Awaitable[object]]) -> None:
-        self._ask = ask
+    def __init__(self, ask: Callable[[], Awaitable[object]], worker: psutil.Process | None = None) -> None:
+        self._ask, self._worker = ask, worker or psutil.Process()
         self.hung_s = 0.0
 
     async def run(self) -> None:
@@ -36,7 +37,7 @@ class Heart:
             looks, used_s = 0, 0.0  # the first look, which takes milliseconds, comes only if the answer does not
             try:
                 while not (await asyncio.wait({asking}, timeout=1))[0]:
-                    before_s, used_s = used_s, processor_s()
+                    before_s, used_s = used_s, processor_s(self._worker)
                     looks += 1
                     computes = looks == 1 or (used_s - before_s >= IDLE_S and looks < LONGEST_STEP_S)
                     self.hung_s = 0.0 if computes else self.hung_s + 1
@@ -47,18 +48,18 @@ class Heart:
             await asyncio.sleep(ASK_EVERY_S)
 
 
-def processor_s() -> float:
-    """Seconds of processor time that the processes below this one have used."""
+def processor_s(worker: psutil.Process) -> float:
+    """Seconds of processor time that the processes below `worker` have used."""
     total = 0.0
-    for process in psutil.Process().children(recursive=True):
+    for process in worker.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             total += times.user + times.system
     return total
 
 
-def kill_below() -> None:
-    """End every process below this one at once, by its id."""
-    for process in psutil.Process().children(recursive=True):
+def kill_below(worker: psutil.Process | None = None) -> None:
+    """End every process below `worker`, this one unless said, at once, by its id."""
+    for process in (worker or psutil.Process()).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             process.kill()

@@ -20,8 +20,8 @@ IDLE_S = 0.02
 
 
 class Heart:
-    """Of an engine in processes below `worker`, this one unless said. `hung_s`: for how long it has owed an answer while
-    it did nothing.
+    """Of an engine in processes below `worker`, this one unless said. `hung_s`: for how long it has owed an answer and
+    done nothing.
 
     Counted in looks a second apart, not by the clock: after this process was held up itself, the answer may be there.
     """

@@ -131,8 +131,10 @@ async def test_ten_times_more_load_than_capacity(parts: Rig) -> None:
         # Then most is refused, at once
         assert len(load.refused) > 5 * len(load.answered)
         assert took[len(took) * 95 // 100] <= 0.1
-        # And what was taken is answered, as fast as can be, and nothing is begun too late
-        assert load.failed == []
+        # And what was taken is answered, as fast as can be, but for what an estimate took too much; nothing is begun
+        # too late
+        assert all(failure.startswith("504") for failure in load.failed)
+        assert len(load.failed) <= 0.05 * len(load.answered)
         assert goodput >= 0.9 * most_possible
         assert late == []
         # And nothing grows with the load

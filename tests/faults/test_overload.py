@@ -153,10 +153,10 @@ async def test_a_full_queue_says_how_long_it_takes(parts: Rig) -> None:
         asking = [asyncio.create_task(running.client.post(CHAT, json=say("x", max_tokens=25))) for _ in range(21)]
         await until(lambda: len(running.begun()) >= 4)
         # When more come than it takes, then they are told when those before them will have been begun
+        left = len([task for task in asking if not task.done()])
         many = [running.client.post(CHAT, json=say("more", max_tokens=1)) for _ in range(8)]
         refused = [answer for answer in await asyncio.gather(*many) if answer.status_code == 429]
         assert refused
-        left = len([task for task in asking if not task.done()])
         for answer in refused:
             assert 0.5 * left * 0.5 <= int(answer.headers["retry-after"]) <= 2 * left * 0.6 + 4
             assert "Too many requests of this key wait" in answer.json()["error"]["message"]

@@ -151,7 +151,7 @@ async def test_a_full_queue_says_how_long_it_takes(parts: Rig) -> None:
     # Given a queue with room for 20 of one key, and jobs that take half a second, one at a time
     async with life(parts, slots=1, QUEUE_MAX_JOBS="40") as running:
         asking = [asyncio.create_task(running.client.post(CHAT, json=say("x", max_tokens=25))) for _ in range(21)]
-        await until(lambda: len(running.begun()) >= 4)
+        await until(lambda: len(running.begun()) >= 8)  # so that the worker has said how long they take
         # When more come than it takes, then they are told when those before them will have been begun
         left = len([task for task in asking if not task.done()])
         many = [running.client.post(CHAT, json=say("more", max_tokens=1)) for _ in range(8)]

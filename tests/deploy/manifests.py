@@ -50,16 +50,12 @@ def kubectl() -> str:
 
 
 @functools.cache
-def _rendered(folder: Path) -> str:
+def render(folder: Path) -> list[Manifest]:
+    """What `kubectl apply -k FOLDER` would send. To be read only: whoever asks again gets the same."""
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{folder}: {done.stderr}"
     assert not done.stderr, f"{folder} renders with a warning: {done.stderr}"
-    return done.stdout
-
-
-def render(folder: Path) -> list[Manifest]:
-    """What `kubectl apply -k FOLDER` would send."""
-    return [document for document in yaml.safe_load_all(_rendered(folder)) if document]
+    return [document for document in yaml.load_all(done.stdout, yaml.CSafeLoader) if document]
 
 
 @functools.cache
@@ -86,7 +82,7 @@ def problems(manifests: list[Manifest], scratch: Path) -> list[str]:
         for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest):
             told.append(f"{name_of(manifest)}: {error.json_path}: {error.message}")
     file = scratch / "manifests.yaml"
-    file.write_text(yaml.safe_dump_all(plain))
+    file.write_text(yaml.dump_all(plain, Dumper=yaml.CSafeDumper))
     for version in KUBERNETES:
         command = [tool("kubernetes-validate"), "--strict", "--quiet", "-k", version, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

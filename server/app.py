@@ -12,7 +12,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import docs, exporter
 from server.auth import ensure_keys
-from server.core import watchdog
+from server.core import metrics, watchdog
 from server.core.registry import Registry
 from server.core.settings import Settings
 from server.db.listen import listen
@@ -49,6 +49,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         await app.state.dispatcher.start()
         await _hear_workers(app.state.dispatcher, registry)
         models = [model.id for model in registry.models]
+        metrics.begin_server(model.id for model in registry.of_type("chat"))
         app.state.keeper = Keeper(settings, app.state.store, app.state.dispatcher)
         tasks = [
             asyncio.create_task(app.state.keeper.forget()),

@@ -12,6 +12,7 @@ from server.core import metrics as core_metrics
 from server.core import topology
 from server.core.errors import BrokerUnavailable
 from server.core.messages import Lane, Status
+from server.core.registry import Registry
 from server.dispatch import Dispatcher
 
 router = APIRouter(tags=["service"])
@@ -27,8 +28,10 @@ SEVERAL = bool(getattr(values.ValueClass, "_multiprocess", False))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    models = [model.id for model in request.app.state.registry.models]
-    families = [*await _queues(dispatcher, models), *_workers(dispatcher)]
+    registry: Registry = request.app.state.registry
+    models = [model.id for model in registry.models]
+    queues, database = await asyncio.gather(_queues(dispatcher, models), request.app.state.store.answers())
+    families = [*queues, *_workers(dispatcher, registry), *_connected(dispatcher.connected, database)]
     _set_ages(dispatcher, models)
     return Response(_counted() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
 
@@ -101,17 +104,26 @@ def _set_ages(dispatcher: Dispatcher, models: list[str]) -> None:
         core_metrics.requests_waiting.labels(model).set(waiting[model])
 
 
-def _workers(dispatcher: Dispatcher) -> list[GaugeMetricFamily]:
+def _connected(broker: bool, database: bool) -> list[GaugeMetricFamily]:
+    return [
+        GaugeMetricFamily("qwen3_broker_connected", "1: this server is connected to RabbitMQ", broker),
+        GaugeMetricFamily("qwen3_database_connected", "1: Postgres answers this server", database),
+    ]
+
+
+def _workers(dispatcher: Dispatcher, registry: Registry) -> list[GaugeMetricFamily]:
     ready = GaugeMetricFamily("qwen3_workers_ready", "Live workers that are ready", labels=["type", "model"])
     running = GaugeMetricFamily("qwen3_worker_running", "Jobs in the workers' hands", labels=["type", "model"])
     lag = GaugeMetricFamily("qwen3_history_last_lag_seconds", "From the end of the last request written to its row")
-    totals: dict[tuple[str, str], tuple[int, int]] = {}
+    # At 0 where nobody tells of itself: of what is not there, nobody could be warned.
+    totals: dict[tuple[str, str], tuple[int, int]] = {(model.type, model.id): (0, 0) for model in registry.models}
+    totals["archive", ""] = (0, 0)
     for worker in dispatcher.fleet.workers():
         key = (worker.type, worker.model)
         count, jobs = totals.get(key, (0, 0))
         totals[key] = (count + worker.ready, jobs + worker.running)
-        if worker.type == "archive":
-            lag.add_metric([], worker.lag_s)
+    if lags := [worker.lag_s for worker in dispatcher.fleet.workers() if worker.type == "archive"]:
+        lag.add_metric([], max(lags))
     for (type_, model), (count, jobs) in totals.items():
         ready.add_metric([type_, model], count)
         running.add_metric([type_, model], jobs)

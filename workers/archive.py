@@ -49,6 +49,7 @@ class Archivist:
         self._history = AmqpLink(settings.amqp_url, "archive history", self._setup)
         self._beacon = Beacon(self._inbox.publisher, "archive", "", self.probe)
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()
+        metrics.begin_archive(embedding.id if embedding else None)
         self._vectors = (
             Vectors(embedding, self._store, VectorIndexes(self._pool), self._inbox) if embedding is not None else None
         )
@@ -140,6 +141,9 @@ class Archivist:
             self._beacon.lag_s = max(time.time() - record.finished_at, 0)
             metrics.history_lag.observe(self._beacon.lag_s)
             metrics.history_records.labels(record.type).inc()
+            key = metrics.key_label(record.key_id)
+            metrics.key_tokens.labels(key, "prompt").inc(record.prompt_tokens)
+            metrics.key_tokens.labels(key, "completion").inc(record.completion_tokens)
 
     async def _store_when_possible(self, records: list[Record]) -> None:
         """Write them, however long Postgres is away: they wait in their queue meanwhile. Raises RecordRefused."""

@@ -109,6 +109,7 @@ class Worker(ABC):
         )
         self._outbox = ReplyOutbox(self._publisher, lambda: self.beacon.running > 1, self._give_up)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
+        metrics.begin_worker(self.type, model)
 
     @abstractmethod
     async def start(self) -> int:

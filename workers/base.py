@@ -402,7 +402,7 @@ class Worker(ABC):
             reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
             return "expired"
         if run.stopped is None:
-            reply.send("started")
+            reply.send("started", self.beacon.worker.encode())
             await self._hear_whether_wanted(job)
         if run.stopped is not None:
             reply.fail(run.stopped)

@@ -1,9 +1,8 @@
-"""What is told of those who wait, over several server processes and a worker that looks ahead: each once, none twice."""
+"""What is told of those who wait, over several server processes and a worker that looks ahead: each of them once."""
 
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -44,14 +43,15 @@ def environment(tmp_path: Path, amqp_url: str, database_url: str) -> dict[str, s
 async def working(environment: dict[str, str]) -> AsyncIterator[None]:
     """A worker that takes a minute for each of `SLOTS` jobs at once."""
     options = ("--model", MODEL, "--slots", str(SLOTS), "--words", "1", "--pause", "60")
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.echo", *options], cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL
+    argv = [sys.executable, "-m", "benchmarks.echo", *options]
+    worker = await asyncio.create_subprocess_exec(
+        *argv, cwd=PROJECT, env=environment, stderr=asyncio.subprocess.DEVNULL
     )
     try:
         yield
     finally:
         worker.kill()
-        worker.wait()
+        await worker.wait()
 
 
 class Clients:

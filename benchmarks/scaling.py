@@ -2,9 +2,10 @@
 
 Replays a day of bursty arrivals, seeded, against the deployed policy (the numbers of a ScaledObject, read from its
 file), against the usual others, and against a fleet that is never scaled. Then varies each number of the policy by
-itself, with fewer GPUs. It is a simulation: no GPU was measured for it. What one does is assumed by the options below,
-to be replaced by figures of benchmarks/chat_throughput; deploy/SIZING.md shows how. Autoscalers are simulated by their
-published algorithms, and see the metrics as they were at the scrape before, 15 s ago.
+itself, with fewer GPUs, for such a day and for sudden waves. It is a simulation: no GPU was measured for it. What one
+does is assumed by the options below, to be replaced by figures of benchmarks/chat_throughput; deploy/SIZING.md shows
+how. Autoscalers are simulated by their published algorithms, and see the metrics as they were at the scrape before,
+15 s ago.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.autoscaler import SYNC_S, Autoscaler, Policy, Trigger, read
-from benchmarks.simulated import DAY_S, Demand, Fleet, Gpu, day
+from benchmarks.simulated import DAY_S, Demand, Fleet, Gpu, day, waves
 
 PROJECT = Path(__file__).parent.parent
 SCALED = PROJECT / "deploy/k8s/components/scaling/chat-qwen3-0-6b.yaml"
@@ -28,6 +29,8 @@ PATIENCE_S = 240.0
 LATE_S = 10.0
 PEAK = 0.9
 """How much of all GPUs the busiest minute needs."""
+WAVE = 0.6
+"""And so many of them the waves need, which a fleet at its least meets."""
 TRACE_S = 600.0
 OURS, ALWAYS = "this policy", "never scaled"
 
@@ -132,13 +135,16 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             outcome = simulate(of, gpu, policy, args.gpus if name == ALWAYS else begun(of))
             found["policies"][name] = {**outcome.figures(), "trace": outcome.trace}
             bar.update()
-        of = demand(args.sweep_gpus)
-        small = dataclasses.replace(deployed, max_replicas=args.sweep_gpus)
+        of, small = demand(args.sweep_gpus), dataclasses.replace(deployed, max_replicas=args.sweep_gpus)
+        sudden = waves(np.random.default_rng(args.seed), WAVE * args.sweep_gpus / cost_s, (args.prompt, args.answer))
         for name, values in SWEPT.items():
             for value in values:
                 bar.set_postfix_str(f"{name} {value:g}")
                 policy, other = varied(small, gpu, name, value)
-                figures = simulate(of, other, policy, begun(of)).figures()
+                figures = {
+                    "day": simulate(of, other, policy, begun(of)).figures(),
+                    "waves": simulate(sudden, other, policy, begun(sudden)).figures(),
+                }
                 found["sweep"].setdefault(name, []).append({"value": _json(value), **figures})
                 bar.update()
     return found
@@ -166,8 +172,8 @@ def _summary(args: argparse.Namespace, found: dict[str, Any]) -> str:
 
 
 def _draw(found: dict[str, Any], figure: Any) -> None:
-    figure.set_size_inches(12, 9)
-    over, beside = figure.subplots(2, 2)
+    figure.set_size_inches(16, 9)
+    over, beside = figure.subplots(2, 3)
     hours = np.arange(len(found["needed"])) * TRACE_S / 3600
     over[0].fill_between(hours, found["needed"], color="lightgrey", label="needed")
     for name, row in found["policies"].items():
@@ -181,18 +187,24 @@ def _draw(found: dict[str, Any], figure: Any) -> None:
     over[0].set(title="GPUs", xlabel="hour")
     over[1].set(title="age of the oldest who waits, s", xlabel="hour", yscale="symlog")
     beside[0].set(title=f"waited over {LATE_S:g} s or refused, %", xlabel="GPU hours", yscale="log")
-    for name, rows in found["sweep"].items():
-        spent, late = [row["gpu_hours"] for row in rows], [100 * row["late"] + 0.001 for row in rows]
-        beside[1].plot(spent, late, "o-", markersize=3, label=name)
-        for row, x, y in zip(rows, spent, late, strict=True):
-            value = row["value"]
-            beside[1].annotate(value if isinstance(value, str) else f"{value:g}", (x, y), fontsize=6)
-    beside[1].set(title="the same, one number varied (fewer GPUs)", xlabel="GPU hours", yscale="log")
+    for axis, load in ((over[2], "day"), (beside[2], "waves")):
+        for name, rows in found["sweep"].items():
+            spent = [row[load]["gpu_hours"] for row in rows]
+            late = [100 * row[load]["late"] + 0.001 for row in rows]
+            axis.plot(spent, late, "o-", markersize=3, label=name)
+            for row, x, y in zip(rows, spent, late, strict=True):
+                value = row["value"]
+                axis.annotate(value if isinstance(value, str) else f"{value:g}", (x, y), fontsize=6)
+        axis.set(title=f"one number varied, fewer GPUs: {load}", xlabel="GPU hours", ylabel="late, %")
+        axis.legend(fontsize=7)
+    rows = found["policies"].values()
+    beside[1].barh(list(found["policies"]), [row["wait_p99_s"] for row in rows])
+    beside[1].set(title="wait p99, s")
     over[0].legend(fontsize=7)
-    beside[1].legend(fontsize=7)
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
+    """What is assumed stands here alone; deploy/SIZING.md counts with the same."""
     top = report.parser(__doc__)
     top.add_argument("--policy", type=Path, default=SCALED, metavar="FILE", help="a ScaledObject (the chat model's)")
     top.add_argument("--gpus", type=int, default=100, metavar="N", help="at the most (100)")
@@ -207,7 +219,11 @@ def main() -> int:
     top.add_argument(
         "--start", type=float, default=120, metavar="SECONDS", help="until a worker is ready, assumed (120)"
     )
-    args = top.parse_args()
+    return top
+
+
+def main() -> int:
+    args = parser().parse_args()
     found = _measure(args)
     report.save(args, "scaling", found, _summary(args, found), lambda figure: _draw(found, figure))
     return 0

@@ -65,12 +65,25 @@ def day(rng: np.random.Generator, peak_rate: float, sizes: tuple[float, float], 
         shape[inside] *= 1 + rise * rng.uniform(0.2, 1.5)
     minute = int(60 / BIN_S)
     busiest = np.convolve(shape, np.ones(minute) / minute, "valid").max()
-    counts = rng.poisson(shape / busiest * peak_rate * BIN_S)
-    arrivals = np.repeat(bins, counts) + rng.uniform(0, BIN_S, counts.sum())
+    return _drawn(rng, shape / busiest * peak_rate, sizes, short=(16, 18))
+
+
+def waves(rng: np.random.Generator, peak_rate: float, sizes: tuple[float, float]) -> Demand:
+    """Five hours of a twentieth of `peak_rate`, in which all of it comes at once, for half an hour at 1:00, and again,
+    of short questions, at 3:30."""
+    hours = np.arange(0, 5 * 3600, BIN_S) / 3600
+    wave = ((hours >= 1) & (hours < 1.5)) | ((hours >= 3.5) & (hours < 4))
+    return _drawn(rng, np.where(wave, peak_rate, peak_rate / 20), sizes, short=(3.5, 4))
+
+
+def _drawn(rng: np.random.Generator, rates: Floats, sizes: tuple[float, float], short: tuple[float, float]) -> Demand:
+    """Poisson arrivals at the rate of each bin; within the hours `short` prompts are a tenth as long."""
+    counts = rng.poisson(rates * BIN_S)
+    arrivals = np.repeat(np.arange(len(rates)) * BIN_S, counts) + rng.uniform(0, BIN_S, counts.sum())
     arrivals.sort()
     prompts, answers = (rng.lognormal(math.log(mean) - 0.5, 1, len(arrivals)) for mean in sizes)
     hour = arrivals / 3600
-    prompts[(hour >= 16) & (hour < 18)] /= 10
+    prompts[(hour >= short[0]) & (hour < short[1])] /= 10
     return Demand(arrivals, np.ceil(np.minimum(prompts, LONGEST)), np.ceil(np.minimum(answers, LONGEST)))
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks import scaling
 from benchmarks.autoscaler import DOWN, UP, Autoscaler, Direction, Policy, Rule, Trigger, read
-from benchmarks.simulated import Demand, Fleet, Gpu, day
+from benchmarks.simulated import Demand, Fleet, Gpu, day, waves
 
 ONE_BY_ONE = Gpu(slots=1, prompt_rate=math.inf, answer_rate=1.0, start_s=60.0)
 """A job takes as many seconds as its answer has tokens."""
@@ -245,6 +245,15 @@ def test_a_day_is_the_same_each_time_and_as_busy_as_asked() -> None:
     early = one.prompts[one.arrivals < 16 * 3600]
     assert early.mean() == pytest.approx(800, rel=0.05)
     assert one.answers.mean() == pytest.approx(400, rel=0.05)
+
+
+def test_waves_come_twice_and_the_second_asks_short_questions() -> None:
+    of = waves(np.random.default_rng(1), 20.0, (800, 400))
+    halves, _ = np.histogram(of.arrivals, np.arange(0, 5.5, 0.5) * 3600)
+    assert halves / 1800 == pytest.approx([1, 1, 20, 1, 1, 1, 1, 20, 1, 1], rel=0.1)
+    second = (of.arrivals >= 3.5 * 3600) & (of.arrivals < 4 * 3600)
+    assert of.prompts[second].mean() == pytest.approx(80, rel=0.05)
+    assert of.prompts[~second].mean() == pytest.approx(800, rel=0.05)
 
 
 def test_a_day_ends_with_every_job_accounted_for() -> None:

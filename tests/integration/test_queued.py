@@ -91,7 +91,8 @@ async def test_those_who_wait_are_counted_once_wherever_they_wait(environment: d
             return await total(TOKENS) == (clients.waiting - begun) * each and await total(WAITING) > 0
 
         try:
-            # Given no worker at all, of a model that may be without one: who asks waits, and is told of
+            # Given no worker of a model that may be without one: that is no fault, and who asks waits and is told of
+            assert (await one.get("/health")).status_code == 200
             clients.ask(one, 1)
             each = 0.0
 

@@ -1,7 +1,7 @@
 """The server's `/metrics`, and the state that is read at the scrape: queues, workers, history."""
 
 import asyncio
-import time
+from collections import Counter
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, values
@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.core import metrics as core_metrics
-from server.core import topology
+from server.core import queued, topology
 from server.core.errors import BrokerUnavailable
 from server.core.messages import Lane, Status
 from server.core.registry import Registry
@@ -19,7 +19,6 @@ router = APIRouter(tags=["service"])
 
 LANES: tuple[Lane, ...] = ("interactive", "batch")
 SCRAPE_TIMEOUT_S = 3.0
-AGES_EVERY_S = 1.0
 SEVERAL = bool(getattr(values.ValueClass, "_multiprocess", False))
 """Whether this is one of several processes, whose counts stand in files (server/processes.py)."""
 
@@ -31,8 +30,9 @@ async def metrics(request: Request) -> Response:
     registry: Registry = request.app.state.registry
     models = [model.id for model in registry.models]
     queues, database = await asyncio.gather(_queues(dispatcher, models), request.app.state.store.answers())
-    families = [*queues, *_workers(dispatcher, registry), *_connected(dispatcher.connected, database)]
-    _set_ages(dispatcher, models)
+    families = [*queues, *_workers(dispatcher, registry), _busy(dispatcher, models)]
+    families += _connected(dispatcher.connected, database)
+    _tell_queued(dispatcher, models)
     return Response(_counted() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -86,22 +86,28 @@ def _counted() -> bytes:
     return generate_latest(registry)
 
 
-async def keep_ages(dispatcher: Dispatcher, models: list[str]) -> None:
+async def keep_telling(dispatcher: Dispatcher, models: list[str]) -> None:
     """Where a scrape may reach another process: leave there what this one would say, a second old at the most."""
     while SEVERAL:
-        _set_ages(dispatcher, models)
-        await asyncio.sleep(AGES_EVERY_S)
+        _tell_queued(dispatcher, models)
+        await asyncio.sleep(queued.TELL_EVERY_S)
 
 
-def _set_ages(dispatcher: Dispatcher, models: list[str]) -> None:
-    now = time.time()
-    oldest, waiting = dict.fromkeys(models, now), dict.fromkeys(models, 0)
-    for model, created_at in dispatcher.queued():
-        oldest[model] = min(oldest.get(model, now), created_at)
-        waiting[model] = waiting.get(model, 0) + 1
-    for model, created_at in oldest.items():
-        core_metrics.queue_oldest_age.labels(model).set(now - created_at)
-        core_metrics.requests_waiting.labels(model).set(waiting[model])
+def _tell_queued(dispatcher: Dispatcher, models: list[str]) -> None:
+    waiting = dispatcher.queued()
+    queued.tell(waiting, models, "interactive")
+    counts = Counter(waiter.job.model for waiter in waiting)
+    for model in models:
+        core_metrics.requests_waiting.labels(model).set(counts[model])
+
+
+def _busy(dispatcher: Dispatcher, models: list[str]) -> GaugeMetricFamily:
+    """Said of every model, of those without a worker too: whoever scales by it must tell nothing from no answer."""
+    busy = GaugeMetricFamily("qwen3_workers_busy", "Jobs in the ready workers' hands, in workers", labels=["model"])
+    ready = [worker for worker in dispatcher.fleet.workers() if worker.ready and worker.slots]
+    for model in models:
+        busy.add_metric([model], sum(worker.running / worker.slots for worker in ready if worker.model == model))
+    return busy
 
 
 def _connected(broker: bool, database: bool) -> list[GaugeMetricFamily]:

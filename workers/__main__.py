@@ -1,4 +1,4 @@
-"""The workers' command line: `python -m workers chat|embedding|archive|smoke`."""
+"""The workers' command line: `python -m workers chat|embedding|archive|download|smoke`."""
 
 import argparse
 import sys
@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
         _common(command)
     text = "write finished chats, usage and vectors to Postgres"
     _common(types.add_parser("archive", help=text, description=text))
+    text = "bring the weights of all models into the hub's cache"
+    command = types.add_parser("download", help=text, description=text)
+    command.add_argument("--models", type=Path, metavar="FILE", help="the models to bring (MODELS_FILE)")
     text = "make the tiny smoke model"
     smoke = types.add_parser("smoke", help=text, description=text)
     smoke.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to put it")
@@ -71,8 +74,13 @@ def main() -> int:
         build(args.out)
         return 0
     try:
-        settings = load_settings(models_file=args.models, metrics_port=args.metrics_port)
+        settings = load_settings(models_file=args.models, metrics_port=getattr(args, "metrics_port", None))
         json_logging.configure(settings.log_level, f"worker-{args.type}")
+        if args.type == "download":
+            from workers.download import download
+
+            download(load_registry(settings.models_file))
+            return 0
         for name in ("amqp_url", "database_url")[: 2 if args.type == "archive" else 1]:
             if not getattr(settings, name):
                 raise BadSettings(f"{name.upper()} is not set. A worker needs it; ./run starts everything itself.")

@@ -11,7 +11,7 @@ import time
 
 import msgspec
 
-from server.core import metrics, topology
+from server.core import metrics, queued, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import DatabaseUnavailable, RecordRefused, ServiceError
 from server.core.inbox import Inbox
@@ -45,7 +45,8 @@ class Archivist:
         self.probe = Probe(settings.host, settings.metrics_port)
         self._pool = make_pool(settings.database_url, max_size=3)  # records, vectors, an index being built
         self._store = Store(self._pool, timeout_s=None)
-        self._inbox = Inbox(settings.amqp_url, "archive", [embedding.id] if embedding else [], settings.queue_max_jobs)
+        self._models = [embedding.id] if embedding is not None else []
+        self._inbox = Inbox(settings.amqp_url, "archive", self._models, settings.queue_max_jobs)
         self._history = AmqpLink(settings.amqp_url, "archive history", self._setup)
         self._beacon = Beacon(self._inbox.publisher, "archive", "", self.probe)
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()
@@ -64,7 +65,7 @@ class Archivist:
         await self._inbox.start()
         await self._history.start()
         writing = asyncio.create_task(self._write_all(stopping))
-        others = [asyncio.create_task(self._beacon.run())]
+        others = [asyncio.create_task(self._beacon.run()), asyncio.create_task(self._tell_queued())]
         if self._vectors is not None:
             others += [asyncio.create_task(self._vectors.embed_all()), asyncio.create_task(self._vectors.index_all())]
         stopped = asyncio.create_task(stopping.wait())
@@ -88,6 +89,11 @@ class Archivist:
             await self._inbox.close()
             await self._pool.close()
             await self.probe.stop()
+
+    async def _tell_queued(self) -> None:
+        while True:
+            queued.tell([w for w in self._inbox.waiting.values() if not w.started], self._models, "batch")
+            await asyncio.sleep(queued.TELL_EVERY_S)
 
     async def _setup(self, link: AmqpLink) -> None:
         await link.declare_queue(topology.DEAD)

@@ -189,7 +189,7 @@ class Worker(ABC):
         if not self.alive():
             self._died.set()
             return
-        hung_s = self.hung_s()
+        hung_s = self.probe.hung_s = self.hung_s()
         self.probe.ready = hung_s < TOLD_HUNG_S
         self.beacon.problem = "" if self.probe.ready else f"its engine has not answered for {hung_s:.0f} s"
         if hung_s >= ENDED_HUNG_S:
@@ -403,7 +403,7 @@ class Worker(ABC):
             reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
             return "expired"
         if run.stopped is None:
-            reply.send("started")
+            reply.send("started", self.beacon.worker.encode())
             await self._hear_whether_wanted(job)
         if run.stopped is not None:
             reply.fail(run.stopped)

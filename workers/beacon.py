@@ -51,6 +51,7 @@ class Beacon:
         while True:
             await asyncio.sleep(1)
             watchdog.beat()
+            self._probe.beat()
             if self._link.blocked:
                 continue  # it would pile up, and nobody wants to know later how things were
             now = time.monotonic()

@@ -34,9 +34,15 @@ inter_token_latency = Histogram(
 )
 queue_oldest_age = Gauge(
     "qwen3_queue_oldest_age_seconds",
-    "Age of this server's oldest request no worker has taken",
-    ["model"],
+    "Age of the oldest of this process's jobs that no worker has begun",
+    ["model", "lane"],
     multiprocess_mode="livemax",
+)
+queue_prompt_tokens = Gauge(
+    "qwen3_queue_prompt_tokens",
+    "Estimated prompt tokens of this process's jobs that no worker has begun",
+    ["model", "lane"],
+    multiprocess_mode="livesum",
 )
 requests_waiting = Gauge(
     "qwen3_requests_waiting", "Requests of the servers that no worker has begun", ["model"], multiprocess_mode="livesum"

@@ -23,9 +23,9 @@ async def check(request: Request) -> Health:
     rabbitmq = state.dispatcher.connected
     database = await state.store.answers()
     status: Literal["healthy", "degraded", "unhealthy"]
-    missing = [m for m in registry.models if not fleet.has(m.type, m.id)]
+    missing = [m for m in registry.models if not fleet.has(m.type, m.id) and m.id not in state.dispatcher.on_demand]
     needed = registry.default("chat") or registry.default("embedding")
-    if not (rabbitmq and database and needed and fleet.has(needed.type, needed.id)):
+    if not (rabbitmq and database and needed and needed not in missing):
         status = "unhealthy"
     elif missing or not fleet.has("archive"):
         status = "degraded"

@@ -50,16 +50,12 @@ def kubectl() -> str:
 
 
 @functools.cache
-def _rendered(folder: Path) -> str:
+def render(folder: Path) -> list[Manifest]:
+    """What `kubectl apply -k FOLDER` would send. To be read only: whoever asks again gets the same."""
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{folder}: {done.stderr}"
     assert not done.stderr, f"{folder} renders with a warning: {done.stderr}"
-    return done.stdout
-
-
-def render(folder: Path) -> list[Manifest]:
-    """What `kubectl apply -k FOLDER` would send."""
-    return [document for document in yaml.safe_load_all(_rendered(folder)) if document]
+    return [document for document in yaml.load_all(done.stdout, yaml.CSafeLoader) if document]
 
 
 @functools.cache
@@ -86,7 +82,7 @@ def problems(manifests: list[Manifest], scratch: Path) -> list[str]:
         for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest):
             told.append(f"{name_of(manifest)}: {error.json_path}: {error.message}")
     file = scratch / "manifests.yaml"
-    file.write_text(yaml.safe_dump_all(plain))
+    file.write_text(yaml.dump_all(plain, Dumper=yaml.CSafeDumper))
     for version in KUBERNETES:
         command = [tool("kubernetes-validate"), "--strict", "--quiet", "-k", version, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,9 +91,45 @@ def problems(manifests: list[Manifest], scratch: Path) -> list[str]:
     return told
 
 
+def overlays() -> list[Path]:
+    """The folders of overlays."""
+    return sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
+
+
 def name_of(manifest: Manifest) -> str:
     return f"{manifest['kind']}/{manifest['metadata']['name']}"
 
 
 def of_kind(manifests: list[Manifest], *kinds: str) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest["kind"] in kinds]
+
+
+def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """The pod templates of workloads, by `Kind/name`."""
+    return {name_of(m): m["spec"]["template"] for m in of_kind(manifests, "Deployment", "Job")}
+
+
+def containers(pod: Manifest) -> list[Manifest]:
+    """A pod template's containers, those that only prepare included."""
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def selects(selector: Manifest, labels: dict[str, str]) -> bool:
+    """Whether a label selector matches."""
+    for name, value in selector.get("matchLabels", {}).items():
+        if labels.get(name) != value:
+            return False
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "In", "only this operator is understood here"
+        if labels.get(expression["key"]) not in expression["values"]:
+            return False
+    return True
+
+
+def settings_of(container: Manifest, manifests: list[Manifest]) -> dict[str, str]:
+    """A container's environment, but for what comes from the pod itself."""
+    maps = {m["metadata"]["name"]: m["data"] for m in of_kind(manifests, "ConfigMap")}
+    environment: dict[str, str] = {}
+    for source in container.get("envFrom", []):
+        environment |= maps[source["configMapRef"]["name"]]
+    return environment | {e["name"]: e["value"] for e in container.get("env", []) if "value" in e}

@@ -68,9 +68,13 @@ def plain(expression: str) -> str:
     return re.sub(r"\$\w+", ".*", expression)
 
 
-def expressions() -> Iterator[tuple[str, str]]:
-    """Each expression of each dashboard, with where it stands."""
+def targets() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each question of each dashboard, with where it stands."""
     for name, dashboard in dashboards().items():
         for panel in panels(dashboard):
             for target in panel["targets"]:
-                yield f"{name}: {panel['title']} {target['refId']}", plain(target["expr"])
+                yield f"{name}: {panel['title']} {target['refId']}", target
+
+
+def expressions() -> list[tuple[str, str]]:
+    return [(where, plain(target["expr"])) for where, target in targets()]

@@ -1,8 +1,9 @@
 """What deploy/ has Prometheus and Grafana ask, asked of a real Prometheus that reads this stack."""
 
+import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 from server.private import free_port
 from tests.deploy.manifests import tool
 from tests.e2e.test_service import worker_urls
-from tests.seeing import PROMETHEUS, RULES, dashboards, expressions, rules, series, variables
+from tests.seeing import PROMETHEUS, RULES, Series, dashboards, expressions, plain, rules, series, targets, variables
 from tests.stack import PROJECT, Stack, eventually, say
 
 SCRAPES_S = 1
@@ -22,10 +23,10 @@ SCRAPES_S = 1
 
 @dataclass
 class Prometheus:
-    url: str
+    client: httpx.Client
 
     def get(self, path: str, **parameters: str) -> Any:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, trust_env=False, timeout=30).json()
+        answer = self.client.get(f"/api/v1/{path}", params=parameters).json()
         assert answer["status"] == "success", f"{parameters}: {answer.get('error')}"
         return answer["data"]
 
@@ -60,10 +61,11 @@ def prometheus(stack: Stack, key: str, tmp_path_factory: pytest.TempPathFactory)
     folder: Path = tmp_path_factory.mktemp("prometheus")
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration(stack)))
     port = free_port()
-    made = Prometheus(f"http://127.0.0.1:{port}")
     argv = [tool("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     argv += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-    with (folder / "log").open("wb") as log:
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
+    with client, (folder / "log").open("wb") as log:
+        made = Prometheus(client)
         process = subprocess.Popen(argv, cwd=PROJECT, stdout=log, stderr=subprocess.STDOUT)
         try:
             eventually(lambda: up(made) == {"1"}, timeout_s=30)
@@ -78,9 +80,11 @@ def prometheus(stack: Stack, key: str, tmp_path_factory: pytest.TempPathFactory)
 def up(prometheus: Prometheus) -> set[str]:
     """What `up` says of all processes; nothing, before all have been read."""
     try:
-        found = prometheus.query("up")
+        if prometheus.client.get("/-/ready").status_code != 200:
+            return set()
     except httpx.TransportError:
         return set()
+    found = prometheus.query("up")
     return {one["value"][1] for one in found} if len(found) == 4 else set()
 
 
@@ -97,14 +101,18 @@ def use(stack: Stack, key: str) -> None:
         eventually(lambda: client.get("/chat/history").json())
 
 
-def missing(prometheus: Prometheus, expression: str) -> list[str]:
-    """Series that an expression names and nobody exports; labels that they do not have."""
-    told = []
-    for one in series(expression):
-        for wanted in [one.metric, *(f'{one.metric}{{{label}!=""}}' for label in one.labels)]:
-            if not prometheus.query(f"count(last_over_time({wanted}[5m]))"):
-                told.append(wanted)
-    return told
+def missing(prometheus: Prometheus, named: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """By the names of expressions: series that they name and nobody exports, and labels that those do not have."""
+    read = {
+        name: {wanted for one in series(expression) for wanted in (one.metric, *labelled(one))}
+        for name, expression in named
+    }
+    unknown = {wanted for wanted in set().union(*read.values()) if not prometheus.query(f"count({wanted})")}
+    return {name: names & unknown for name, names in read.items() if names & unknown}
+
+
+def labelled(one: Series) -> list[str]:
+    return [f'{one.metric}{{{label}!=""}}' for label in one.labels]
 
 
 def test_prometheus_reads_each_process(prometheus: Prometheus) -> None:
@@ -113,8 +121,8 @@ def test_prometheus_reads_each_process(prometheus: Prometheus) -> None:
 
 
 def test_each_rule_reads_what_is_exported(prometheus: Prometheus) -> None:
-    problems = {str(rule.get("alert") or rule["record"]): missing(prometheus, rule["expr"]) for rule in rules()}
-    assert {name: names for name, names in problems.items() if names} == {}
+    named = [(str(rule.get("alert") or rule["record"]), rule["expr"]) for rule in rules()]
+    assert missing(prometheus, named) == {}
 
 
 def test_each_rule_is_worked_out_and_none_is_alarmed(prometheus: Prometheus) -> None:
@@ -127,10 +135,12 @@ def test_each_rule_is_worked_out_and_none_is_alarmed(prometheus: Prometheus) -> 
 
 
 def test_each_panel_reads_what_is_exported_and_shows_something(prometheus: Prometheus) -> None:
-    problems = {where: missing(prometheus, expression) for where, expression in expressions()}
-    assert {where: names for where, names in problems.items() if names} == {}
-    empty = [where for where, expression in expressions() if not prometheus.query(expression)]
-    assert empty == []
+    assert missing(prometheus, expressions()) == {}
+    for where, target in targets():
+        shown = prometheus.query(plain(target["expr"]))
+        assert shown, where
+        for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
+            assert any(label in one["metric"] for one in shown), f"{where}: {label}"
 
 
 def test_each_variable_has_something_to_choose_from(prometheus: Prometheus) -> None:
@@ -138,6 +148,6 @@ def test_each_variable_has_something_to_choose_from(prometheus: Prometheus) -> N
         for variable, query in variables(dashboard).items():
             if query.startswith("label_values("):
                 selector, label = query.removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
-                plain = selector.replace("$model_name", ".*")
-                values = prometheus.get(f"label/{label}/values", **{"match[]": plain})
+                chosen = selector.replace("$model_name", ".*")
+                values = prometheus.get(f"label/{label}/values", **{"match[]": chosen})
                 assert [value for value in values if value], f"{name}: {variable}"

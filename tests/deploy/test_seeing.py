@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.deploy.manifests import K8S, name_of, of_kind, render, schemas, tool
+from tests.deploy.manifests import K8S, TOOLS, name_of, of_kind, render, schemas, tool
 from tests.seeing import (
     GRAFANA,
     PROMETHEUS,
@@ -105,6 +105,15 @@ def test_our_own_metrics_are_those_of_the_readme() -> None:
 def test_there_is_a_dashboard_of_each_kind() -> None:
     assert set(BOARDS) == {f"{name}.json" for name in ("service", "engine", "queue", "history", "usage")}
     assert len({board["uid"] for board in BOARDS.values()}) == len(BOARDS)
+
+
+def test_grafana_knows_each_field() -> None:
+    script = Path(__file__).parent / "grafana_fields.py"
+    python = TOOLS / "python"
+    assert python.exists(), "Run `./test deploy` once, which installs what checks deploy/."
+    files = [str(GRAFANA / name) for name in BOARDS]
+    done = subprocess.run([str(python), str(script), *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @each_board

@@ -38,9 +38,7 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         info = {"id": "acme/small", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
-        tree = [
-            {"type": "file", "path": n, "size": len(b), "oid": sha256(b).hexdigest()[:40]} for n, b in FILES.items()
-        ]
+        tree = [{"type": "file", "path": n, "size": len(b), "oid": sha256(b).hexdigest()[:40]} for n, b in FILES.items()]
         body, status = b'{"error": "not found"}', 404
         if path == "/api/models/acme/small/revision/main":
             body, status = json.dumps(info).encode(), 200
@@ -69,13 +67,7 @@ def download(folder: Path, models: str, endpoint: str) -> subprocess.CompletedPr
     file = folder / "models.yaml"
     file.write_text(models)
     cache = str(folder / "cache")
-    given = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_CACHE": cache,
-        "HF_HOME": cache,
-        "NO_PROXY": "*",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    given = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": cache, "HF_HOME": cache, "NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "workers", "download", "--models", str(file)]
     return subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=False, timeout=60)
 

@@ -116,7 +116,7 @@ def varied(policy: Policy, gpu: Gpu, name: str, value: float) -> tuple[Policy, G
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     gpu = Gpu(args.slots, args.prompt_rate, args.answer_rate, args.start)
-    cost_s = args.prompt / args.prompt_rate + args.answer / args.answer_rate
+    cost_s: float = args.prompt / args.prompt_rate + args.answer / args.answer_rate
     deployed = read(args.policy)
 
     def demand(gpus: int) -> Demand:

@@ -37,11 +37,12 @@ OURS, ALWAYS = "this policy", "never scaled"
 SWEPT: dict[str, tuple[float, ...]] = {
     "queued-prompt-tokens": (2000, 8000, 16000, 32000, 64000, 128000, math.inf),
     "oldest-age": (5, 10, 15, 30, 60, math.inf),
+    "both of these": (math.inf,),
     "busy-workers": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, math.inf),
     "scale-down window": (0, 60, 300, 600, 1200, 2400),
     "start of a worker": (15, 60, 120, 240, 480),
 }
-"""The first three are the policy's triggers; infinity leaves one out."""
+"""The first are the policy's triggers; infinity leaves one out."""
 
 
 @dataclass(slots=True)
@@ -104,6 +105,8 @@ def varied(policy: Policy, gpu: Gpu, name: str, value: float) -> tuple[Policy, G
         return policy, dataclasses.replace(gpu, start_s=value)
     if name == "scale-down window":
         return dataclasses.replace(policy, down=dataclasses.replace(policy.down, window_s=value)), gpu
+    if name == "both of these":
+        return dataclasses.replace(policy, triggers=tuple(t for t in policy.triggers if t.name == "busy-workers")), gpu
     kept = [trigger for trigger in policy.triggers if trigger.name != name]
     (found,) = (trigger for trigger in policy.triggers if trigger.name == name)
     if value != math.inf:
@@ -113,7 +116,7 @@ def varied(policy: Policy, gpu: Gpu, name: str, value: float) -> tuple[Policy, G
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     gpu = Gpu(args.slots, args.prompt_rate, args.answer_rate, args.start)
-    cost_s = args.prompt / args.prompt_rate + args.answer / args.answer_rate
+    cost_s: float = args.prompt / args.prompt_rate + args.answer / args.answer_rate
     deployed = read(args.policy)
 
     def demand(gpus: int) -> Demand:
@@ -199,6 +202,7 @@ def _draw(found: dict[str, Any], figure: Any) -> None:
         axis.legend(fontsize=7)
     rows = found["policies"].values()
     beside[1].barh(list(found["policies"]), [row["wait_p99_s"] for row in rows])
+    beside[1].tick_params(axis="y", labelsize=7)
     beside[1].set(title="wait p99, s")
     over[0].legend(fontsize=7)
 

@@ -1,4 +1,4 @@
-"""Bringing the weights of all models from the hub into its cache, where workers that may not reach the hub read them."""
+"""The weights of all models from the hub into its cache, where workers that may not reach the hub read them."""
 
 import logging
 

@@ -205,6 +205,7 @@ def policies() -> list[str]:
             f"{100 * each['late']:.1f} %",
             f"{each['wait_p50_s']:.0f} s",
             f"{each['wait_p99_s']:.0f} s",
+            f"{each['sent_home_at_work']:,}",
         )
         for name, each in found.items()
     ]

@@ -125,7 +125,10 @@ def test_who_may_talk_to_whom(overlay: Path) -> None:
 
 @pytest.mark.parametrize("overlay", overlays(), ids=lambda path: path.name)
 def test_policies_are_of_the_kind_that_is_understood_here(overlay: Path) -> None:
-    for policy in of_kind(render(overlay), "NetworkPolicy"):
+    policies = of_kind(render(overlay), "NetworkPolicy")
+    everybody = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert everybody in [policy["spec"] for policy in policies], "what no other policy chooses may do nothing"
+    for policy in policies:
         assert policy["metadata"]["namespace"] == HERE
         for rule in [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]:
             assert rule.get("ports"), f"{policy['metadata']['name']}: a rule without ports allows all of them"

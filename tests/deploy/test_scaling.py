@@ -12,7 +12,8 @@ import yaml
 
 from server.core.registry import load_registry
 from server.core.settings import Settings
-from tests.deploy.manifests import K8S, ROOT, Manifest, name_of, of_kind, render, schemas, tool
+from tests.deploy.manifests import K8S, ROOT, Manifest, name_of, of_kind, overlays, render, schemas, tool
+from tests.deploy.manifests import problems as invalid
 
 COMPONENT = K8S / "components" / "scaling"
 SCALED = [yaml.safe_load(path.read_text()) for path in sorted(COMPONENT.glob("*-*.yaml"))]
@@ -32,23 +33,15 @@ def problems(scaled: Manifest) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """The component over Deployments of the names it is for."""
-    folder = tmp_path_factory.mktemp("base")
-    container = {"name": "server", "image": "x", "env": [{"name": "PORT", "value": "8000"}]}
-    for name in ("server", *(scaled["spec"]["scaleTargetRef"]["name"] for scaled in SCALED)):
-        deployment = {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": name},
-            "spec": {"replicas": 2, "template": {"spec": {"containers": [container]}}},
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(deployment))
+@pytest.fixture(params=overlays(), ids=lambda path: path.name, scope="module")
+def rendered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    """An overlay of one's own with the component, as deploy/README.md has one made."""
+    folder = tmp_path_factory.mktemp("mine")
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": sorted(path.name for path in folder.glob("*.yaml")),
+        "namespace": "qwen3",
+        "resources": [os.path.relpath(request.param, folder)],
         "components": [os.path.relpath(COMPONENT, folder)],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
@@ -169,20 +162,32 @@ def test_queries_add_up_what_is_each_pods_own_and_nothing_twice(tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_over_a_base_the_component_leaves_the_number_of_workers_to_keda(rendered: list[Manifest]) -> None:
+def test_every_overlay_takes_the_component(rendered: list[Manifest]) -> None:
     deployments = {each["metadata"]["name"]: each for each in of_kind(rendered, "Deployment")}
-    for scaled in of_kind(rendered, "ScaledObject"):
-        target = scaled["spec"]["scaleTargetRef"]["name"]
-        assert "replicas" not in deployments[target]["spec"], name_of(scaled)
-    assert deployments["server"]["spec"]["replicas"] == 2
+    scaled_objects = of_kind(rendered, "ScaledObject")
+    assert len(scaled_objects) == len(SCALED)
+    for scaled in scaled_objects:
+        # Each has its Deployment, whose number of workers is left to it, and is applied together with that
+        target = deployments[scaled["spec"]["scaleTargetRef"]["name"]]
+        assert "replicas" not in target["spec"], name_of(scaled)
+        assert scaled["metadata"]["namespace"] == target["metadata"]["namespace"]
+        assert scaled["metadata"]["labels"]["qwen3/phase"] == target["metadata"]["labels"]["qwen3/phase"]
+        # And a worker that is sent home has the time to finish the longest answer
+        assert target["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > Settings().request_timeout_s
+
+
+def test_a_cluster_takes_what_the_component_changes(rendered: list[Manifest], tmp_path: Path) -> None:
+    changed = {"server", *(scaled["spec"]["scaleTargetRef"]["name"] for scaled in SCALED)}
+    assert invalid([m for m in of_kind(rendered, "Deployment") if m["metadata"]["name"] in changed], tmp_path) == []
 
 
 def test_who_may_have_no_worker_is_waited_for(rendered: list[Manifest]) -> None:
     (server,) = (each for each in of_kind(rendered, "Deployment") if each["metadata"]["name"] == "server")
     (container,) = server["spec"]["template"]["spec"]["containers"]
-    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    environment = {variable["name"]: variable.get("value") for variable in container["env"]}
     waited_for = Settings(start_on_demand=environment["START_ON_DEMAND"]).on_demand
     to_zero = {names(scaled) for scaled in SCALED if scaled["spec"]["minReplicaCount"] == 0}
     assert {f"embedding-{id_.replace('.', '-')}" for id_ in waited_for} == to_zero
     assert waited_for <= {model.id for model in MODELS}
-    assert environment["PORT"] == "8000"
+    # And what else it was given is still there
+    assert "AMQP_URL_FILE" in environment

@@ -1,4 +1,4 @@
-"""Weights brought from a hub: the hub's own client against a small server that speaks as much of its API as it needs."""
+"""Weights brought from a hub: its own client against a small server that speaks as much of its API as is needed."""
 
 import json
 import os
@@ -25,6 +25,10 @@ models:
 """
 
 
+def etag(content: bytes) -> str:
+    return sha256(content).hexdigest()[:40]
+
+
 class Hub(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -38,7 +42,7 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         info = {"id": "acme/small", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
-        tree = [{"type": "file", "path": n, "size": len(b), "oid": sha256(b).hexdigest()[:40]} for n, b in FILES.items()]
+        tree = [{"type": "file", "path": n, "size": len(b), "oid": etag(b)} for n, b in FILES.items()]
         body, status = b'{"error": "not found"}', 404
         if path == "/api/models/acme/small/revision/main":
             body, status = json.dumps(info).encode(), 200
@@ -49,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{sha256(body).hexdigest()[:40]}"')
+        self.send_header("ETag", f'"{etag(body)}"')
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
@@ -67,7 +71,7 @@ def download(folder: Path, models: str, endpoint: str) -> subprocess.CompletedPr
     file = folder / "models.yaml"
     file.write_text(models)
     cache = str(folder / "cache")
-    given = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": cache, "HF_HOME": cache, "NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1"}
+    given = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": cache, "HF_HOME": cache, "NO_PROXY": "*"}
     command = [sys.executable, "-m", "workers", "download", "--models", str(file)]
     return subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=False, timeout=60)
 

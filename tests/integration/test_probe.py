@@ -11,7 +11,9 @@ import pytest
 
 from server.core.settings import Settings
 from tests.integration.test_amqp import until
+from tests.integration.test_archive import archivist
 from tests.integration.test_worker import EchoWorker
+from workers.archive import Archivist
 from workers.probe import HUNG_S
 
 
@@ -47,14 +49,14 @@ async def worker(settings: Settings) -> AsyncIterator[SlowWorker]:
     assert await running == 0
 
 
-async def statuses(worker: SlowWorker) -> tuple[int, int, int]:
+async def statuses(worker: SlowWorker | Archivist) -> tuple[int, int, int]:
     """Of startup, live and ready."""
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{worker.probe.port}", trust_env=False) as client:
         told = [(await client.get(f"/health/{name}")).status_code for name in ("startup", "live", "ready")]
         return told[0], told[1], told[2]
 
 
-async def reaches(worker: SlowWorker, wanted: tuple[int, int, int]) -> None:
+async def reaches(worker: SlowWorker | Archivist, wanted: tuple[int, int, int]) -> None:
     for _ in range(100):
         if await statuses(worker) == wanted:
             return
@@ -79,3 +81,8 @@ async def test_a_worker_that_loads_is_told_from_one_that_hangs(worker: SlowWorke
     # And a model that comes back is served again
     worker.hangs_for_s = 0.0
     await reaches(worker, (200, 200, 200))
+
+
+async def test_an_archivist_is_probed_in_the_same_way(settings: Settings) -> None:
+    async with archivist(settings) as made:
+        await reaches(made, (200, 200, 200))

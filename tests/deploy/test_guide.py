@@ -1,0 +1,272 @@
+"""deploy/README.md: its commands are run from the first to the last, by a shell, over a copy of deploy/k8s.
+
+There is no cluster here: `kubectl`, `helm` and the like only note how they were called, and what `apply -k` would have
+sent then is rendered. So this checks the shell's part, the files that the guide makes and every name in its commands;
+not what a cluster answers.
+"""
+
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.manifests import K8S, ROOT, Manifest, kubectl, name_of, of_kind, parse, pods, problems, render
+from tests.deploy.test_k8s import SECRETS_BY_HAND, SECRETS_BY_OPERATORS, models_of
+
+GUIDE = ROOT / "deploy" / "README.md"
+
+NOTE = """#!/usr/bin/env bash
+call=$(printf '%s/%03d' "$CALLS" "$(ls "$CALLS" | wc -l)")
+mkdir "$call"
+printf '%s\\n' "$(basename "$0")" "$@" >"$call/argv"
+for argument; do
+  if [ "${before:-}" = -k ] || [ "${before:-}" = kustomize ]; then
+    # The same files are rendered once
+    files=$(cd "${argument%%overlays*}" && find . -type f | LC_ALL=C sort | xargs cksum | cksum | tr ' ' -)
+    made=$RENDERED/$files-${argument##*/}
+    [ -e "$made" ] || "$REAL_KUBECTL" kustomize "$argument" >"$made" || exit 1
+    cp "$made" "$call/rendered.yaml"
+    if [ "$before" = kustomize ]; then cat "$call/rendered.yaml"; fi
+  fi
+  if [ "$argument" = - ] && [ "${before:-}" = -f ]; then cat >"$call/stdin.yaml"; fi
+  before=$argument
+done
+"""
+
+KINDS = {
+    "deployment": "Deployment",
+    "job": "Job",
+    "service": "Service",
+    "rabbitmqcluster": "RabbitmqCluster",
+    "cluster.postgresql.cnpg.io": "Cluster",
+    "backup.postgresql.cnpg.io": "Backup",
+}
+"""What is named as KIND/NAME."""
+
+
+@dataclass
+class Call:
+    argv: list[str]
+    rendered: list[Manifest] = field(default_factory=list)
+    """What `-k` stands for."""
+    stdin: list[Manifest] = field(default_factory=list)
+
+    def option(self, *names: str) -> str:
+        return next((value for name, value in zip(self.argv, self.argv[1:], strict=False) if name in names), "")
+
+
+@dataclass
+class Walk:
+    """The guide, walked through: its calls in order."""
+
+    calls: list[Call]
+
+    def of(self, program: str, *words: str) -> list[Call]:
+        return [c for c in self.calls if c.argv[0] == program and set(words) <= set(c.argv)]
+
+    def applied(self, overlay: str) -> list[list[Manifest]]:
+        """Each different state in which an overlay was applied."""
+        states: list[list[Manifest]] = []
+        for call in self.of("kubectl", "apply"):
+            if call.option("-k").endswith(f"/{overlay}") and call.rendered not in states:
+                states.append(call.rendered)
+        return states
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@functools.cache
+def _parsed(text: str) -> list[Manifest]:
+    return parse(text)
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    folder = tmp_path_factory.mktemp("guide")
+    shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("mine"))
+    programs, calls, rendered = folder / "bin", folder / "calls", folder / "rendered"
+    for made in (programs, calls, rendered):
+        made.mkdir()
+    for name in ("kubectl", "helm", "docker", "git", "kind", "curl"):
+        (programs / name).write_text(NOTE)
+        (programs / name).chmod(0o755)
+    (programs / "less").write_text("#!/bin/sh\ncat >/dev/null\n")
+    (programs / "less").chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), "RENDERED": str(rendered)}
+    environment["REAL_KUBECTL"] = kubectl()
+    script = "set -euo pipefail\n" + "\nwait\n".join(blocks())
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    noted = []
+    for call in sorted(calls.iterdir()):
+        made = Call((call / "argv").read_text().splitlines())
+        for name in ("rendered", "stdin"):
+            if (call / f"{name}.yaml").exists():
+                setattr(made, name, _parsed((call / f"{name}.yaml").read_text()))
+        noted.append(made)
+    return Walk(noted)
+
+
+def test_what_is_applied_would_be_taken(walk: Walk, tmp_path: Path) -> None:
+    states = walk.applied("mine")
+    assert len(states) == 3, "the first one, that with another model, that with a restored database"
+    distinct: list[Manifest] = []
+    for manifest in (m for state in states for m in state):
+        if manifest not in distinct:
+            distinct.append(manifest)
+    assert problems(distinct, tmp_path) == []
+    assert walk.applied("cpu-dev") == [render(K8S / "overlays" / "cpu-dev")]
+    piped = [manifest for call in walk.of("kubectl", "apply", "-f", "-") for manifest in call.stdin]
+    assert [name_of(manifest) for manifest in piped] == ["Backup/before-a-change"]
+    assert problems(piped, tmp_path) == []
+
+
+def test_the_first_overlay_is_ones_own(walk: Walk) -> None:
+    first = walk.applied("mine")[0]
+    for _, pod in pods(first).items():
+        assert pod["spec"]["containers"][0]["image"].startswith("registry.example.com/qwen3-inference/")
+    assert of_kind(first, "ObjectStore")[0]["spec"]["configuration"]["destinationPath"] == "s3://my-bucket/"
+    assert of_kind(first, "PersistentVolumeClaim")[0]["spec"]["storageClassName"] == "shared"
+
+
+def test_another_model_is_served_and_restarts_no_engine(walk: Walk, tmp_path: Path) -> None:
+    before, after, _ = walk.applied("mine")
+    assert {*pods(after)} - {*pods(before)} == {"Deployment/chat-qwen3-1-5b"}
+    for name, pod in pods(before).items():
+        same = pods(after)[name] == pod
+        assert same == name.startswith(("Deployment/chat", "Deployment/embedding", "Job/migrate")), name
+    made = pods(after)["Deployment/chat-qwen3-1-5b"]
+    assert made["spec"]["priorityClassName"] == "qwen3-batch"
+    (spec,) = models_of(made, after, tmp_path).models
+    assert spec in models_of(pods(after)["Deployment/server"], after, tmp_path).models
+    assert spec in models_of(pods(after)["Job/download"], after, tmp_path).models
+
+
+def test_a_restored_database_goes_on_beside_the_old_one(walk: Walk) -> None:
+    *_, last = walk.applied("mine")
+    (cluster,) = of_kind(last, "Cluster")
+    source = cluster["spec"]["bootstrap"]["recovery"]["source"]
+    (before,) = cluster["spec"]["externalClusters"]
+    (writes,) = cluster["spec"]["plugins"]
+    assert before["name"] == source
+    assert before["plugin"]["parameters"]["serverName"] == cluster["metadata"]["name"], "as its archive is named"
+    assert writes["parameters"]["serverName"] not in ("", before["plugin"]["parameters"]["serverName"])
+    assert before["plugin"]["parameters"]["barmanObjectName"] == of_kind(last, "ObjectStore")[0]["metadata"]["name"]
+    initial = of_kind(walk.applied("mine")[0], "Cluster")[0]["spec"]["bootstrap"]["initdb"]
+    recovered = cluster["spec"]["bootstrap"]["recovery"]
+    assert (recovered["database"], recovered["owner"]) == (initial["database"], initial["owner"])
+
+
+def _kubectls(walk: Walk) -> list[list[str]]:
+    """Every call of kubectl, those in the text between blocks included."""
+    text = re.sub(r"^```.*?^```$", "", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    inline = [shlex.split(command) for command in re.findall(r"`(kubectl [^`]+)`", text)]
+    return [call.argv for call in walk.of("kubectl")] + inline
+
+
+def test_what_commands_name_is_there(walk: Walk) -> None:
+    known = {name_of(m) for state in walk.applied("mine") for m in state}
+    known |= {name_of(m) for call in walk.calls for m in call.stdin}
+    labels = {f"{k}={v}" for state in walk.applied("mine") for m in state for k, v in m["metadata"]["labels"].items()}
+    namespaces = {"qwen3", "cert-manager", "rabbitmq-system", "cnpg-system", "nginx-ingress", "monitoring"}
+    checked = 0
+    for argv in _kubectls(walk):
+        call = Call(argv)
+        assert call.option("-n") in {"", *namespaces}, argv
+        for label in filter(None, [call.option("-l")]):
+            assert label in labels, argv
+        for word in argv:
+            if match := re.fullmatch(r"([a-z.]+)/([a-z0-9.-]+)", word):
+                assert f"{KINDS[match[1]]}/{match[2]}" in known, f"{shlex.join(argv)}: there is no {word}"
+                checked += 1
+    assert checked > 30
+
+
+def test_each_deployment_is_waited_for(walk: Walk) -> None:
+    waited = {word for call in walk.of("kubectl", "rollout", "status") for word in call.argv}
+    undone = {word for call in walk.of("kubectl", "rollout", "undo") for word in call.argv}
+    deployments = {f"deployment/{m['metadata']['name']}" for m in of_kind(walk.applied("mine")[0], "Deployment")}
+    assert deployments <= waited
+    assert deployments <= undone
+    assert waited & {f"deployment/{m['metadata']['name']}" for m in of_kind(walk.applied("mine")[1], "Deployment")}
+
+
+def test_each_secret_is_made(walk: Walk) -> None:
+    made: dict[str, set[str]] = {}
+    for call in walk.of("kubectl", "create", "secret"):
+        kind, name = call.argv[call.argv.index("secret") + 1 :][:2]
+        literals = re.findall(r"--from-literal=([^=]+)=", "\n".join(call.argv))
+        made[name] = {"tls.crt", "tls.key"} if kind == "tls" else set(literals)
+    assert made == SECRETS_BY_HAND
+    for name in SECRETS_BY_OPERATORS:
+        assert f"`{name}`" in GUIDE.read_text()
+
+
+def test_jobs_go_before_they_are_changed(walk: Walk) -> None:
+    """A Job cannot be changed: each apply of all of one that changed would fail."""
+    jobs: dict[str, Manifest] = {}
+    for call in walk.of("kubectl"):
+        if "delete" in call.argv:
+            for word in call.argv:
+                jobs.pop(word.removeprefix("job/"), None)
+        if "apply" in call.argv and call.option("-k").endswith("/mine") and call.option("-l") != "qwen3/phase=stores":
+            for job in of_kind(call.rendered, "Job"):
+                name = job["metadata"]["name"]
+                assert jobs.get(name, job) == job, f"{name} would be changed by {shlex.join(call.argv)}"
+                jobs[name] = job
+
+
+def test_images_are_built_that_are_used(walk: Walk) -> None:
+    built = {call.option("--target"): call.option("-t") for call in walk.of("docker", "build")}
+    used = {
+        c["image"]
+        for overlay in ("mine", "cpu-dev")
+        for pod in pods(walk.applied(overlay)[0]).values()
+        for c in pod["spec"]["containers"]
+    }
+    assert {image.rpartition("/")[2].partition(":")[0] for image in used} == set(built)
+    assert {image.rpartition(":")[2] for image in used} == {image.rpartition(":")[2] for image in built.values()}
+
+
+def test_operators_are_those_that_the_schemas_and_policies_are_of(walk: Walk) -> None:
+    schemas = (K8S.parent.parent / "tests" / "deploy" / "schemas" / "README.md").read_text()
+    urls = " ".join(call.option("-f") for call in walk.of("kubectl", "apply"))
+    for operator, url in (
+        ("RabbitMQ cluster operator", r"cluster-operator/releases/download/v([\d.]+)/"),
+        ("CloudNativePG", r"/cnpg-([\d.]+)\.yaml"),
+        ("Barman Cloud plugin", r"plugin-barman-cloud/releases/download/v([\d.]+)/"),
+    ):
+        (version,) = re.findall(url, urls)
+        assert f"{operator} {version} " in schemas
+    named = {call.option("--namespace", "-n") for call in walk.calls}
+    for policy in of_kind(walk.applied("mine")[0], "NetworkPolicy"):
+        for name in re.findall(r"'kubernetes.io/metadata.name': '([^']+)'", str(policy)):
+            assert name in {*named, "kube-system"}, f"{name_of(policy)}: nothing is installed into {name}"
+
+
+def test_each_component_that_one_may_add_is_named() -> None:
+    offered = {path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml")} - {"gpu", "one-node"}
+    for name in offered:
+        assert f"# - ../../components/{name} " in GUIDE.read_text()
+    # And renders where it is put
+    assert "tracing" in offered
+
+
+def test_what_was_never_done_is_said() -> None:
+    text = GUIDE.read_text().replace("\n", " ")
+    assert "Nothing here has run on a real cluster or on a GPU" in text
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", GUIDE.read_text()):
+        assert (GUIDE.parent / target).exists(), target

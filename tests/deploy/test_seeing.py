@@ -50,6 +50,22 @@ def test_prometheus_takes_the_configuration_and_the_rules() -> None:
     assert f"{len(rules())} rules found" in promtool("check", "rules", RULES)
 
 
+def test_each_container_is_read_at_its_port() -> None:
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
+    dockerfile = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    ports = {"server": compose["server"]["environment"]["PORT"]}
+    (of_workers,) = re.findall(r"\bMETRICS_PORT=(\d+)", dockerfile)
+    read = set()
+    for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]:
+        (found,) = job["dns_sd_configs"]
+        for name in found["names"]:
+            assert str(found["port"]) == ports.get(name, of_workers), name
+            assert "stores" in compose[name]["networks"], name
+            read.add(name)
+    built = {name for name, service in compose.items() if "build" in service}
+    assert read == built - {"migrate"}
+
+
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
 def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
     promtool("test", "rules", file)

@@ -176,6 +176,7 @@ def test_the_operator_takes_what_it_gets() -> None:
     manifests = render(MONITORING)
     for manifest in of_kind(manifests, "PodMonitor", "PrometheusRule"):
         jsonschema.validate(manifest, schemas()[manifest["apiVersion"], manifest["kind"]])
+    assert all(manifest["metadata"]["labels"]["qwen3/phase"] == "service" for manifest in manifests)
     assert [name_of(manifest) for manifest in manifests] == [
         "ConfigMap/qwen3-dashboards",
         "PodMonitor/server",

@@ -12,9 +12,9 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import docs, exporter
 from server.auth import ensure_keys
-from server.core import watchdog
+from server.core import metrics, watchdog
 from server.core.registry import Registry
-from server.core.settings import Settings
+from server.core.settings import BadSettings, Settings
 from server.db.listen import listen
 from server.db.pool import make_pool, open_pool
 from server.db.store import Store
@@ -35,7 +35,9 @@ LOOK_EVERY_S = 0.05
 
 
 def create_app(settings: Settings, registry: Registry) -> FastAPI:
-    """The application; it connects when it is started, and needs a migrated database."""
+    """The application; it connects when it is started, and needs a migrated database. Raises BadSettings."""
+    if unknown := settings.on_demand - {model.id for model in registry.models}:
+        raise BadSettings(f"START_ON_DEMAND: {', '.join(sorted(unknown))}: no such model in {settings.models_file}")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,11 +51,12 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         await app.state.dispatcher.start()
         await _hear_workers(app.state.dispatcher, registry)
         models = [model.id for model in registry.models]
+        metrics.begin_server(model.id for model in registry.of_type("chat"))
         app.state.keeper = Keeper(settings, app.state.store, app.state.dispatcher)
         tasks = [
             asyncio.create_task(app.state.keeper.forget()),
             asyncio.create_task(listen(settings.database_url, CHANNEL, app.state.keys)),
-            asyncio.create_task(exporter.keep_ages(app.state.dispatcher, models)),
+            asyncio.create_task(exporter.keep_telling(app.state.dispatcher, models)),
             asyncio.create_task(watchdog.keep_beating()),
         ]
         try:

@@ -91,6 +91,7 @@ async def _declare_nothing(_link: AmqpLink) -> None:
 class Dispatcher:
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self.timeout_s = settings.request_timeout_s
+        self.on_demand = settings.on_demand
         self._ended: OrderedDict[str, RequestState] = OrderedDict()
         self.fleet = Fleet()
         self._lines = {model.id: Line(settings.queue_max_jobs) for model in registry.models}
@@ -130,7 +131,8 @@ class Dispatcher:
 
     async def submit(self, call: Call) -> Ticket:
         """Queue the call. Raises NoWorker, QueueFull or BrokerUnavailable."""
-        if self.connected and not self.fleet.has(call.spec.type, call.spec.id):
+        absent = not self.fleet.has(call.spec.type, call.spec.id)
+        if self.connected and absent and call.spec.id not in self.on_demand:
             raise NoWorker(
                 f"No worker for {call.spec.id} is ready. It may still be starting: see /health.", retry_after_s=5
             )
@@ -236,9 +238,12 @@ class Dispatcher:
                     return replace(self._state(waiter), request_id=request_id, status="cancelled")
         return self.state(request_id, key_id)
 
-    def queued(self) -> list[tuple[str, float]]:
-        """(model, created_at) of each request of this server that no worker has taken yet."""
-        return [(w.job.model, w.job.created_at) for w in self.inbox.waiting.values() if not w.started]
+    def queued(self) -> list[Waiter]:
+        """The requests of this server that no worker has begun, wherever they wait: here, in the broker, or at a
+        worker that looks ahead. Those whose worker is lost wait again."""
+        # While the broker takes nothing, workers cannot say that they live.
+        heard = None if self.inbox.publisher.blocked else {worker.worker for worker in self.fleet.workers()}
+        return [waiter for waiter in self.inbox.waiting.values() if _waits(waiter, heard)]
 
     def _state(self, waiter: Waiter) -> RequestState:
         job = waiter.job
@@ -248,6 +253,11 @@ class Dispatcher:
             wait_s = None if place.wait_s is None else round(place.wait_s, 1)
             state = replace(state, queue_position=place.position, estimated_wait_s=wait_s)
         return state
+
+
+def _waits(waiter: Waiter, heard: set[str] | None) -> bool:
+    """Whether no worker has begun it, or only one that is not among those `heard` of (None: nobody can be)."""
+    return not waiter.started or (heard is not None and waiter.worker != "" and waiter.worker not in heard)
 
 
 def ids_of(request_id: str) -> tuple[str, str]:

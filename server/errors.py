@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from server.core import metrics
 from server.core.errors import (
     HeadersTooLarge,
     InvalidRequest,
@@ -65,7 +66,8 @@ def status_of(error: ServiceError, dialect: Dialect) -> int:
 
 
 def error_body(error: ServiceError, dialect: Dialect, request_id: str = "") -> dict[str, Any]:
-    """The JSON of an error, whether it is the answer or an event in a stream."""
+    """The JSON of an error, whether it is the answer or an event in a stream. It is counted: it is about to be told."""
+    metrics.errors.labels(type(error).__name__, str(error.status)).inc()
     status = status_of(error, dialect)
     if dialect == "openai":
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"

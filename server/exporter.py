@@ -1,7 +1,7 @@
 """The server's `/metrics`, and the state that is read at the scrape: queues, workers, history."""
 
 import asyncio
-import time
+from collections import Counter
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, values
@@ -9,16 +9,16 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.core import metrics as core_metrics
-from server.core import topology
+from server.core import queued, topology
 from server.core.errors import BrokerUnavailable
 from server.core.messages import Lane, Status
+from server.core.registry import Registry
 from server.dispatch import Dispatcher
 
 router = APIRouter(tags=["service"])
 
 LANES: tuple[Lane, ...] = ("interactive", "batch")
 SCRAPE_TIMEOUT_S = 3.0
-AGES_EVERY_S = 1.0
 SEVERAL = bool(getattr(values.ValueClass, "_multiprocess", False))
 """Whether this is one of several processes, whose counts stand in files (server/processes.py)."""
 
@@ -27,9 +27,12 @@ SEVERAL = bool(getattr(values.ValueClass, "_multiprocess", False))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    models = [model.id for model in request.app.state.registry.models]
-    families = [*await _queues(dispatcher, models), *_workers(dispatcher)]
-    _set_ages(dispatcher, models)
+    registry: Registry = request.app.state.registry
+    models = [model.id for model in registry.models]
+    queues, database = await asyncio.gather(_queues(dispatcher, models), request.app.state.store.answers())
+    families = [*queues, *_workers(dispatcher, registry), _busy(dispatcher, models)]
+    families += _connected(dispatcher.connected, database)
+    _tell_queued(dispatcher, models)
     return Response(_counted() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -83,35 +86,50 @@ def _counted() -> bytes:
     return generate_latest(registry)
 
 
-async def keep_ages(dispatcher: Dispatcher, models: list[str]) -> None:
+async def keep_telling(dispatcher: Dispatcher, models: list[str]) -> None:
     """Where a scrape may reach another process: leave there what this one would say, a second old at the most."""
     while SEVERAL:
-        _set_ages(dispatcher, models)
-        await asyncio.sleep(AGES_EVERY_S)
+        _tell_queued(dispatcher, models)
+        await asyncio.sleep(queued.TELL_EVERY_S)
 
 
-def _set_ages(dispatcher: Dispatcher, models: list[str]) -> None:
-    now = time.time()
-    oldest, waiting = dict.fromkeys(models, now), dict.fromkeys(models, 0)
-    for model, created_at in dispatcher.queued():
-        oldest[model] = min(oldest.get(model, now), created_at)
-        waiting[model] = waiting.get(model, 0) + 1
-    for model, created_at in oldest.items():
-        core_metrics.queue_oldest_age.labels(model).set(now - created_at)
-        core_metrics.requests_waiting.labels(model).set(waiting[model])
+def _tell_queued(dispatcher: Dispatcher, models: list[str]) -> None:
+    waiting = dispatcher.queued()
+    queued.tell(waiting, models, "interactive")
+    counts = Counter(waiter.job.model for waiter in waiting)
+    for model in models:
+        core_metrics.requests_waiting.labels(model).set(counts[model])
 
 
-def _workers(dispatcher: Dispatcher) -> list[GaugeMetricFamily]:
+def _busy(dispatcher: Dispatcher, models: list[str]) -> GaugeMetricFamily:
+    """Said of every model, of those without a worker too: whoever scales by it must tell nothing from no answer."""
+    busy = GaugeMetricFamily("qwen3_workers_busy", "Jobs in the ready workers' hands, in workers", labels=["model"])
+    ready = [worker for worker in dispatcher.fleet.workers() if worker.ready and worker.slots]
+    for model in models:
+        busy.add_metric([model], sum(worker.running / worker.slots for worker in ready if worker.model == model))
+    return busy
+
+
+def _connected(broker: bool, database: bool) -> list[GaugeMetricFamily]:
+    return [
+        GaugeMetricFamily("qwen3_broker_connected", "1: this server is connected to RabbitMQ", broker),
+        GaugeMetricFamily("qwen3_database_connected", "1: Postgres answers this server", database),
+    ]
+
+
+def _workers(dispatcher: Dispatcher, registry: Registry) -> list[GaugeMetricFamily]:
     ready = GaugeMetricFamily("qwen3_workers_ready", "Live workers that are ready", labels=["type", "model"])
     running = GaugeMetricFamily("qwen3_worker_running", "Jobs in the workers' hands", labels=["type", "model"])
     lag = GaugeMetricFamily("qwen3_history_last_lag_seconds", "From the end of the last request written to its row")
-    totals: dict[tuple[str, str], tuple[int, int]] = {}
+    # At 0 where nobody tells of itself: of what is not there, nobody could be warned.
+    totals: dict[tuple[str, str], tuple[int, int]] = {(model.type, model.id): (0, 0) for model in registry.models}
+    totals["archive", ""] = (0, 0)
     for worker in dispatcher.fleet.workers():
         key = (worker.type, worker.model)
         count, jobs = totals.get(key, (0, 0))
         totals[key] = (count + worker.ready, jobs + worker.running)
-        if worker.type == "archive":
-            lag.add_metric([], worker.lag_s)
+    if lags := [worker.lag_s for worker in dispatcher.fleet.workers() if worker.type == "archive"]:
+        lag.add_metric([], max(lags))
     for (type_, model), (count, jobs) in totals.items():
         ready.add_metric([type_, model], count)
         running.add_metric([type_, model], jobs)

@@ -102,6 +102,7 @@ class Accounting:
             # Here rather than in the framework's outermost layer, so that it is counted and labelled too.
             logger.exception("unexpected error", extra=_fields(scope))
             if status != UNANSWERED:
+                metrics.errors.labels(EngineFailed.__name__, str(EngineFailed.status)).inc()  # of a stream, cut off
                 raise
             failed = EngineFailed("Something went wrong here. The server's log has the details.")
             await error_response(failed, Request(scope))(scope, receive, send_with_headers)
@@ -111,6 +112,8 @@ class Accounting:
             endpoint = getattr(route, "path", "unknown").removeprefix(PREFIX)
             took_s = time.monotonic() - started
             _count(endpoint, state["model"], status, took_s)
+            if principal := state.get("principal"):
+                _of_key(metrics.key_label(principal.key_id), f"{status // 100}xx").inc()
             failed_here = status >= 500 and status not in REFUSED_FOR_NOW
             if failed_here or logger.isEnabledFor(logging.DEBUG):
                 level = logging.WARNING if failed_here else logging.DEBUG
@@ -152,6 +155,11 @@ def client_request_id(headers: Headers) -> str:
 @functools.cache  # bounded as the labels are
 def _requests(endpoint: str, model: str, status: int) -> Counter:
     return metrics.requests.labels(endpoint, model, str(status))
+
+
+@functools.cache
+def _of_key(key: str, status: str) -> Counter:
+    return metrics.key_requests.labels(key, status)
 
 
 @functools.cache

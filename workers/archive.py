@@ -11,7 +11,7 @@ import time
 
 import msgspec
 
-from server.core import metrics, topology
+from server.core import metrics, queued, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import DatabaseUnavailable, RecordRefused, ServiceError
 from server.core.inbox import Inbox
@@ -45,10 +45,12 @@ class Archivist:
         self.probe = Probe(settings.host, settings.metrics_port)
         self._pool = make_pool(settings.database_url, max_size=3)  # records, vectors, an index being built
         self._store = Store(self._pool, timeout_s=None)
-        self._inbox = Inbox(settings.amqp_url, "archive", [embedding.id] if embedding else [], settings.queue_max_jobs)
+        self._models = [embedding.id] if embedding is not None else []
+        self._inbox = Inbox(settings.amqp_url, "archive", self._models, settings.queue_max_jobs)
         self._history = AmqpLink(settings.amqp_url, "archive history", self._setup)
         self._beacon = Beacon(self._inbox.publisher, "archive", "", self.probe)
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()
+        metrics.begin_archive(embedding.id if embedding else None)
         self._vectors = (
             Vectors(embedding, self._store, VectorIndexes(self._pool), self._inbox) if embedding is not None else None
         )
@@ -63,7 +65,7 @@ class Archivist:
         await self._inbox.start()
         await self._history.start()
         writing = asyncio.create_task(self._write_all(stopping))
-        others = [asyncio.create_task(self._beacon.run())]
+        others = [asyncio.create_task(self._beacon.run()), asyncio.create_task(self._tell_queued())]
         if self._vectors is not None:
             others += [asyncio.create_task(self._vectors.embed_all()), asyncio.create_task(self._vectors.index_all())]
         stopped = asyncio.create_task(stopping.wait())
@@ -87,6 +89,11 @@ class Archivist:
             await self._inbox.close()
             await self._pool.close()
             await self.probe.stop()
+
+    async def _tell_queued(self) -> None:
+        while True:
+            queued.tell([w for w in self._inbox.waiting.values() if not w.started], self._models, "batch")
+            await asyncio.sleep(queued.TELL_EVERY_S)
 
     async def _setup(self, link: AmqpLink) -> None:
         await link.declare_queue(topology.DEAD)
@@ -140,6 +147,9 @@ class Archivist:
             self._beacon.lag_s = max(time.time() - record.finished_at, 0)
             metrics.history_lag.observe(self._beacon.lag_s)
             metrics.history_records.labels(record.type).inc()
+            key = metrics.key_label(record.key_id)
+            metrics.key_tokens.labels(key, "prompt").inc(record.prompt_tokens)
+            metrics.key_tokens.labels(key, "completion").inc(record.completion_tokens)
 
     async def _store_when_possible(self, records: list[Record]) -> None:
         """Write them, however long Postgres is away: they wait in their queue meanwhile. Raises RecordRefused."""

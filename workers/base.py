@@ -109,6 +109,7 @@ class Worker(ABC):
         )
         self._outbox = ReplyOutbox(self._publisher, lambda: self.beacon.running > 1, self._give_up)
         self.beacon = Beacon(self._publisher, self.type, model, self.probe)
+        metrics.begin_worker(self.type, model)
 
     @abstractmethod
     async def start(self) -> int:
@@ -402,7 +403,7 @@ class Worker(ABC):
             reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
             return "expired"
         if run.stopped is None:
-            reply.send("started")
+            reply.send("started", self.beacon.worker.encode())
             await self._hear_whether_wanted(job)
         if run.stopped is not None:
             reply.fail(run.stopped)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from server.core import topology
+from server.core import prompt_tokens, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.continuation import Continuation, Differs, may_continue
 from server.core.errors import (
@@ -47,6 +47,9 @@ class Waiter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.sent = self.started = False
+        self.worker = ""
+        """Who began it last, where it said so."""
+        self.prompt_tokens = prompt_tokens.estimate(job.body, job.context)
         self.unread_bytes = 0
         self._run = ""
         self._seq = 0
@@ -106,6 +109,7 @@ class Waiter:
             extra = {"action": "continue", "request_id": self.job.id, "frames": len(self._handed)}
             logger.info("another worker goes on", extra=extra)
         self._run, self.started = frame.run, True
+        self.worker = frame.data.decode(errors="replace") if frame.kind == "started" else ""
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
         return True
 

@@ -79,7 +79,7 @@ class Frame:
     a lost frame, or a second worker's answer to the same job, is noticed. `elapsed_s` is how long the worker has
     had the job. `data` by kind:
 
-    started  empty: a worker took the job from its queue
+    started  the worker's name: it took the job from its queue
     chunk    the JSON of one streamed chunk; of `messages` and `responses` an event: its name, a line break, its JSON
     usage    the JSON of the last chunk, which counts the tokens and carries no choice
     result   the JSON of the whole answer (`embeddings` carries an `EmbeddingResult`)

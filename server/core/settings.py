@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     idempotency_ttl_s: float = Field(
         86400, gt=0, allow_inf_nan=False, description="How long its answer is kept for the same key"
     )
+    start_on_demand: str = Field(
+        "",
+        description="Models, comma-separated, that may have no worker for a while, scaled to zero: requests for them "
+        "wait for one instead of a 503",
+    )
     drain_timeout_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="What running requests get to finish on SIGTERM"
     )
@@ -145,6 +150,11 @@ class Settings(BaseSettings):
     @property
     def media_domains(self) -> list[str]:
         return [host.strip().lower() for host in self.allowed_media_domains.split(",") if host.strip()]
+
+    @property
+    def on_demand(self) -> frozenset[str]:
+        """`start_on_demand` as ids."""
+        return frozenset(filter(None, (id_.strip() for id_ in self.start_on_demand.split(","))))
 
     @property
     def front(self) -> set[int]:

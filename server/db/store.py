@@ -4,6 +4,7 @@ Reads are the server's, writes of chats and vectors the archivist's. Every metho
 DatabaseUnavailable when Postgres is not there, and a write RecordRefused for data it will never take.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -14,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pgvector import HalfVector
 
+from server.core.errors import DatabaseUnavailable
 from server.core.messages import Record
 from server.db.pool import QUERY_TIMEOUT_S, Pool, connection, load_queries
 
 Row = dict[str, Any]
 
 PING_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 3.0
+"""A connection that is being made takes no notice of the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,14 @@ class Store:
     async def ping(self, timeout_s: float = PING_TIMEOUT_S) -> None:
         async with connection(self._pool, timeout_s) as conn:
             await conn.execute("SELECT 1")
+
+    async def answers(self) -> bool:
+        """Whether it does, within ANSWER_TIMEOUT_S."""
+        try:
+            await asyncio.wait_for(self.ping(), ANSWER_TIMEOUT_S)
+        except (DatabaseUnavailable, TimeoutError):
+            return False
+        return True
 
     async def find_key(self, hash_: bytes) -> KeyRow | None:
         """The key with this SHA-256, whether revoked or not."""

@@ -1,28 +1,16 @@
 """`/health` and its two short forms. They need no key and tell what is so at this moment."""
 
-import asyncio
 import time
 from datetime import UTC, datetime
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
-from server.core.errors import DatabaseUnavailable
 from server.core.registry import ModelType, Registry
 from server.fleet import Fleet
 from server.schemas.service import Health, Readiness, WorkerHealth
 
 router = APIRouter(tags=["service"])
-
-PING_TIMEOUT_S = 3.0
-
-
-async def _database_connected(request: Request) -> bool:
-    try:
-        await asyncio.wait_for(request.app.state.store.ping(), PING_TIMEOUT_S)
-    except (DatabaseUnavailable, TimeoutError):
-        return False
-    return True
 
 
 async def check(request: Request) -> Health:
@@ -33,11 +21,11 @@ async def check(request: Request) -> Health:
     registry: Registry = state.registry
     chat, embedding = _loaded(fleet, registry, "chat"), _loaded(fleet, registry, "embedding")
     rabbitmq = state.dispatcher.connected
-    database = await _database_connected(request)
+    database = await state.store.answers()
     status: Literal["healthy", "degraded", "unhealthy"]
-    missing = [m for m in registry.models if not fleet.has(m.type, m.id)]
+    missing = [m for m in registry.models if not fleet.has(m.type, m.id) and m.id not in state.dispatcher.on_demand]
     needed = registry.default("chat") or registry.default("embedding")
-    if not (rabbitmq and database and needed and fleet.has(needed.type, needed.id)):
+    if not (rabbitmq and database and needed and needed not in missing):
         status = "unhealthy"
     elif missing or not fleet.has("archive"):
         status = "degraded"

@@ -93,6 +93,7 @@ async def test_rabbitmq_is_killed_and_comes_back(parts: Rig) -> None:
         # And meanwhile whoever asks is refused at once
         assert await all_refused(client)
         assert (await health(client))["rabbitmq_connected"] is False
+        assert "\nqwen3_broker_connected 0.0\n" in (await client.get("/metrics")).text
         print(f"refused {time.monotonic() - killed_at:.1f} s after the kill")
         # When it is back
         await parts.rabbitmq.start()

@@ -99,6 +99,7 @@ async def test_postgres_is_down_for_a_minute(parts: Rig) -> None:
                 assert answer.status_code == 200, answer.text
                 told = await health(client)
                 assert told["database_connected"] is False
+                assert "\nqwen3_database_connected 0.0\n" in (await client.get("/metrics")).text
                 assert told["status"] != "healthy"
             if chats % 20 == 15 and down_s > DOWN_S / 2 and archive.exited is False:
                 # And the one that writes is killed meanwhile

@@ -155,7 +155,7 @@ async def test_several_processes_are_one_server(environment: dict[str, str], key
             assert samples['qwen3_requests_total{endpoint="/models",model="",status="200"}'] == 20
             assert samples['qwen3_requests_total{endpoint="/models",model="",status="429"}'] == 4
             assert samples['qwen3_queue_messages{lane="interactive",model="none"}'] == 0
-            assert samples['qwen3_queue_oldest_age_seconds{model="none"}'] == 0
+            assert samples['qwen3_queue_oldest_age_seconds{lane="interactive",model="none"}'] == 0
             assert not any("pid=" in name for name in samples)
         # And of the same health
         healths = [(await server.get("/health")).json() for _ in range(6)]

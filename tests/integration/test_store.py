@@ -158,6 +158,7 @@ async def test_a_database_that_is_not_there_is_an_error_of_ours() -> None:
     await pool.open(wait=False)
     with pytest.raises(DatabaseUnavailable, match="database is not reachable"):
         await Store(pool).ping()
+    assert not await Store(pool).answers()
     await pool.close()
     with pytest.raises(DatabaseUnavailable):
         migrate("postgresql://nobody@127.0.0.1:1/none")

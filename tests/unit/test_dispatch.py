@@ -5,12 +5,13 @@ import time
 import pytest
 
 from server import dispatch
-from server.core.errors import Cancelled, EngineFailed
+from server.app import create_app
+from server.core.errors import BrokerUnavailable, Cancelled, EngineFailed, NoWorker
 from server.core.inbox import Waiter
 from server.core.messages import ErrorFrame, Frame, Job
-from server.core.settings import Settings
-from server.dispatch import Dispatcher, Ticket, again
-from tests.unit.fake_requests import REGISTRY
+from server.core.settings import BadSettings, Settings
+from server.dispatch import Call, Dispatcher, Ticket, again
+from tests.unit.fake_requests import REGISTRY, SEER, TALKER
 
 KEY = 1
 
@@ -52,6 +53,23 @@ async def test_a_request_goes_from_state_to_state(dispatcher: Dispatcher) -> Non
     # For its own key alone
     assert status(dispatcher, "r", key_id=2) is None
     assert status(dispatcher, "other") is None
+
+
+async def test_who_asks_for_a_model_that_starts_on_demand_is_not_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given no workers, of two models, one of which may be without any for a while
+    monkeypatch.setattr(Dispatcher, "connected", True)
+    settings = Settings(amqp_url="amqp://127.0.0.1:1/", start_on_demand=" talker,,")
+    made = Dispatcher(settings, REGISTRY)
+    # Then a request for it goes on to the broker, which is not there, and one for the other does not
+    with pytest.raises(BrokerUnavailable):
+        await made.submit(Call("1", TALKER, "/chat", "chat", {}, KEY))
+    with pytest.raises(NoWorker, match="seer"):
+        await made.submit(Call("2", SEER, "/chat", "chat", {}, KEY))
+
+
+def test_a_model_to_start_on_demand_must_be_one() -> None:
+    with pytest.raises(BadSettings, match="START_ON_DEMAND: nobody: no such model"):
+        create_app(Settings(start_on_demand="talker,nobody"), REGISTRY)
 
 
 async def test_how_it_failed_is_known(dispatcher: Dispatcher) -> None:

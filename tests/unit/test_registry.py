@@ -53,8 +53,9 @@ def test_the_projects_own_file_loads() -> None:
     assert registry.resolve(None, "chat").source == "Qwen/Qwen3-0.6B"
     assert registry.resolve(None, "embedding").source == "Qwen/Qwen3-Embedding-0.6B"
     assert registry.resolve(None, "embedding").dimensions == 1024
-    # And the chat model's reasoning and tool calls are parsed
+    # And the chat model's reasoning and tool calls are parsed, on a part of a GPU
     assert registry.models[0].engine == {
+        "gpu_memory_utilization": 0.7,
         "reasoning_parser": "qwen3",
         "tool_call_parser": "hermes",
         "enable_auto_tool_choice": True,

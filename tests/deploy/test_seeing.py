@@ -1,0 +1,245 @@
+"""Rules, alerts, dashboards and what the Prometheus operator gets: what can be checked without a running stack.
+
+tests/e2e/test_seeing.py has a real Prometheus read a real stack with them.
+"""
+
+import re
+import subprocess
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.deploy.manifests import K8S, TOOLS, name_of, of_kind, render, schemas, tool
+from tests.seeing import (
+    GRAFANA,
+    PROMETHEUS,
+    ROOT,
+    RULES,
+    alerts,
+    dashboards,
+    expressions,
+    panels,
+    plain,
+    rules,
+    series,
+    variables,
+)
+
+TESTS = [ROOT / "tests" / "deploy" / name for name in ("alerts.yml", "alerts_slow.yml")]
+RUNBOOK = (PROMETHEUS / "RUNBOOK.md").read_text()
+MONITORING = K8S / "components" / "monitoring"
+SCRAPED = [job["job_name"] for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]]
+KNOWN = set(re.findall(r"^\| `(qwen3_\w+)` ", (ROOT / "README.md").read_text(), re.MULTILINE))
+BOARDS = dashboards()
+
+each_board = pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
+
+
+def promtool(*arguments: object) -> str:
+    done = subprocess.run([tool("promtool"), *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prometheus_takes_the_configuration_and_the_rules() -> None:
+    promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    assert f"{len(rules())} rules found" in promtool("check", "rules", RULES)
+
+
+def test_each_container_is_read_at_its_port() -> None:
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
+    dockerfile = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    ports = {"server": compose["server"]["environment"]["PORT"]}
+    (of_workers,) = re.findall(r"\bMETRICS_PORT=(\d+)", dockerfile)
+    read = set()
+    for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]:
+        (found,) = job["dns_sd_configs"]
+        for name in found["names"]:
+            assert str(found["port"]) == ports.get(name, of_workers), name
+            assert "stores" in compose[name]["networks"], name
+            read.add(name)
+    built = {name for name, service in compose.items() if "build" in service}
+    assert read == built - {"migrate"}
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
+def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
+    promtool("test", "rules", file)
+
+
+def test_each_alert_is_seen_to_fire_and_not_to() -> None:
+    fires, silent = set(), set()
+    for file in TESTS:
+        for test in yaml.safe_load(file.read_text())["tests"]:
+            for case in test["alert_rule_test"]:
+                (fires if case["exp_alerts"] else silent).add(case["alertname"])
+    assert fires == silent == {alert["alert"] for alert in alerts()}
+
+
+def test_each_alert_says_what_it_is_and_has_its_paragraph() -> None:
+    headings = re.findall(r"^## (\w+)$", RUNBOOK, re.MULTILINE)
+    assert headings == list(dict.fromkeys(alert["alert"] for alert in alerts()))
+    for alert in alerts():
+        assert alert["labels"]["severity"] in ("page", "ticket")
+        assert alert["annotations"]["summary"]
+        assert alert["annotations"]["description"]
+        assert alert["annotations"]["runbook_url"] == f"deploy/prometheus/RUNBOOK.md#{alert['alert'].lower()}"
+
+
+def test_the_runbook_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", RUNBOOK):
+        if target.startswith("#"):
+            assert f"\n## {target[1:]}\n" in RUNBOOK.lower(), target
+        else:
+            assert (PROMETHEUS / target).exists(), target
+
+
+def test_each_expression_of_a_dashboard_is_one(tmp_path: Path) -> None:
+    # promtool parses expressions in rules, and names each that it cannot
+    records = [{"record": f"expression_{index}", "expr": expr} for index, (_, expr) in enumerate(expressions())]
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "dashboards", "rules": records}]}))
+    assert f"{len(records)} rules found" in promtool("check", "rules", file)
+
+
+def test_our_own_metrics_are_those_of_the_readme() -> None:
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    named = [*expressions(), *((str(rule.get("alert") or rule["record"]), rule["expr"]) for rule in rules())]
+    for where, expression in named:
+        assert series(expression), where
+        for metric in (found.metric for found in series(expression)):
+            if metric.startswith("qwen3_"):
+                assert KNOWN & {metric, re.sub("_(bucket|sum|count)$", "", metric)}, f"{where}: {metric}"
+            elif not metric.startswith(("vllm:", "process_")):
+                assert metric in recorded | {"up"}, f"{where}: {metric}"
+
+
+def test_there_is_a_dashboard_of_each_kind() -> None:
+    assert set(BOARDS) == {f"{name}.json" for name in ("service", "engine", "queue", "history", "usage")}
+    assert len({board["uid"] for board in BOARDS.values()}) == len(BOARDS)
+
+
+def test_grafana_knows_each_field() -> None:
+    script = Path(__file__).parent / "grafana_fields.py"
+    python = TOOLS / "python"
+    assert python.exists(), "Run `./test deploy` once, which installs what checks deploy/."
+    files = [str(GRAFANA / name) for name in BOARDS]
+    done = subprocess.run([str(python), str(script), *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@each_board
+def test_a_dashboard_keeps_to_vllms_conventions(board: dict[str, Any]) -> None:
+    assert next(iter(variables(board))) == "datasource"
+    assert board["templating"]["list"][0]["query"] == "prometheus"
+    assert board["tags"] == ["qwen3"]
+    assert board["links"][0]["includeVars"]
+    for variable in board["templating"]["list"][1:]:
+        assert variable["datasource"]["uid"] == "${datasource}"
+        assert variable["includeAll"]
+        assert variable["allValue"] == ".*", "what has no such label is to be seen as well"
+    for panel in panels(board):
+        assert panel["type"] in ("timeseries", "stat", "heatmap", "table")
+        assert panel["description"]
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        options = panel["fieldConfig"]["defaults"].get("unit") or panel["options"]["yAxis"]["unit"]
+        assert options
+        assert [target["refId"] for target in panel["targets"]] == list("ABCDEFGH"[: len(panel["targets"])])
+        for target in panel["targets"]:
+            assert target["datasource"] == panel["datasource"]
+            assert target["legendFormat"]
+            # A fixed window is wrong for all but one zoom; recorded ones have theirs in their name.
+            windows = set(re.findall(r"\[([^\]]+)\]", target["expr"]))
+            assert windows <= {"$__rate_interval", "$__range"}, panel["title"]
+            used = set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval", "__range"}
+            assert used <= set(variables(board)), panel["title"]
+        if "histogram_quantile" in panel["targets"][0]["expr"] and panel["type"] == "timeseries":
+            assert [target["legendFormat"] for target in panel["targets"]] == ["P99", "P90", "P50", "Average"]
+
+
+@each_board
+def test_panels_lie_side_by_side(board: dict[str, Any]) -> None:
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    places = [panel["gridPos"] for panel in board["panels"]]
+    for place in places:
+        assert 0 <= place["x"] < place["x"] + place["w"] <= 24
+    for one, two in combinations(places, 2):
+        beside = one["x"] + one["w"] <= two["x"] or two["x"] + two["w"] <= one["x"]
+        assert beside or one["y"] + one["h"] <= two["y"] or two["y"] + two["h"] <= one["y"], (one, two)
+
+
+def test_the_operator_takes_what_it_gets() -> None:
+    manifests = render(MONITORING)
+    for manifest in of_kind(manifests, "PodMonitor", "PrometheusRule"):
+        jsonschema.validate(manifest, schemas()[manifest["apiVersion"], manifest["kind"]])
+    assert all(manifest["metadata"]["labels"]["qwen3/phase"] == "service" for manifest in manifests)
+    assert [name_of(manifest) for manifest in manifests] == [
+        "ConfigMap/qwen3-dashboards",
+        "PodMonitor/server",
+        "PodMonitor/workers",
+        "PrometheusRule/qwen3",
+    ]
+
+
+def test_the_operator_gets_the_same_rules() -> None:
+    (rule,) = of_kind(render(MONITORING), "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(RULES.read_text()), "make it anew: its head says how"
+
+
+def test_grafana_gets_each_dashboard() -> None:
+    (shown,) = of_kind(render(MONITORING), "ConfigMap")
+    assert shown["data"] == {path.name: path.read_text() for path in GRAFANA.glob("*.json")}
+    assert shown["metadata"]["labels"]["grafana_dashboard"] == "1"
+    size = sum(len(text.encode()) for text in shown["data"].values())
+    assert size < 200 * 1024, "kubectl apply keeps a copy in an annotation, which has room for 256 KiB"
+
+
+def test_pods_are_read_as_the_same_jobs_as_containers() -> None:
+    jobs = []
+    for monitor in of_kind(render(MONITORING), "PodMonitor"):
+        selector = monitor["spec"]["selector"]
+        names = [name for term in selector.get("matchExpressions", ()) for name in term["values"]]
+        names += selector.get("matchLabels", {}).values()
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        (relabeling,) = endpoint["relabelings"]
+        assert relabeling["targetLabel"] == "job"
+        jobs += [relabeling["replacement"].replace("$1", name) for name in names]
+    assert jobs == SCRAPED
+
+
+def test_each_pod_has_the_port_that_is_read() -> None:
+    monitors = of_kind(render(MONITORING), "PodMonitor")
+    for overlay in sorted(K8S.glob("overlays/*/kustomization.yaml")):
+        read = []
+        for deployment in of_kind(render(overlay.parent), "Deployment"):
+            pod = deployment["spec"]["template"]
+            ports = {port["name"] for container in pod["spec"]["containers"] for port in container.get("ports", ())}
+            asked = [
+                monitor["spec"]["podMetricsEndpoints"][0]["port"]
+                for monitor in monitors
+                if selects(monitor["spec"]["selector"], pod["metadata"]["labels"])
+            ]
+            assert len(asked) == 1, f"{overlay.parent.name}: {name_of(deployment)} is read by {len(asked)} monitors"
+            assert asked[0] in ports, f"{overlay.parent.name}: {name_of(deployment)}"
+            read.append(pod["metadata"]["labels"]["app.kubernetes.io/name"])
+        assert {f"qwen3-{name}" for name in read} == set(SCRAPED), overlay.parent.name
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    terms = selector.get("matchExpressions", [])
+    exactly = selector.get("matchLabels", {}).items()
+    return exactly <= labels.items() and all(labels.get(term["key"]) in term["values"] for term in terms)
+
+
+def test_what_an_expression_reads_is_found() -> None:
+    # The other tests, and that of the running stack, rely on it
+    expression = plain(
+        'sum by (le, model) (rate(a_bucket{x="b{", y!~"$model|c"}[$__rate_interval])) / on (z) group_left (q) vllm:d '
+        "or vector(0) and min_over_time(e[5m]) > 1e3 * 0.5 unless absent(up{job=~'j'} == 1)"
+    )
+    found = {(one.metric, *sorted(one.labels)) for one in series(expression.replace("'", '"').replace("b{", "b"))}
+    assert found == {("a_bucket", "x", "y"), ("vllm:d",), ("e",), ("up", "job")}

@@ -44,8 +44,16 @@ SECRETS_BY_HAND = {
 }
 """What deploy/README.md says to make (tests/deploy/test_guide.py)."""
 
-NOT_SETTINGS = {"MODEL", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH", "OTEL_EXPORTER_OTLP_ENDPOINT"}
-"""Ours to expand, the hub client's, and OpenTelemetry's."""
+NOT_SETTINGS = {
+    "MODEL",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN_PATH",
+    "OMP_NUM_THREADS",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+}
+"""Ours to expand, the hub client's, OpenMP's, vLLM's, and OpenTelemetry's."""
 
 END_S = 15
 """What a process needs for its end once everything that ran is finished."""
@@ -159,7 +167,7 @@ def test_processes_start_with_what_they_are_given(manifests: list[Manifest], tmp
         environment = settings_of(container, manifests)
         secret_names = {f"{secret}_file" for secret in SECRETS}
         # Settings are known by name, and their values hold
-        for variable in environment.keys() - NOT_SETTINGS:
+        for variable in {*environment, *(e["name"] for e in container.get("env", []))} - NOT_SETTINGS:
             assert variable.lower() in Settings.model_fields, f"{name}: {variable} is no setting"
         plain = {
             k.lower(): v for k, v in environment.items() if k not in NOT_SETTINGS and k.lower() not in secret_names

@@ -93,7 +93,7 @@ class Accounting:
         state = scope.setdefault("state", {})
         state["started"], state["model"], state["request_id"] = started, "", secrets.token_hex(16)
         status = UNANSWERED
-        span = _span(scope)
+        span = request_span(scope)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -121,7 +121,7 @@ class Accounting:
                 took_s = time.monotonic() - started
                 _count(endpoint, state["model"], status, took_s)
                 if span is not NOTHING:
-                    _tell(span, scope, endpoint, status)
+                    tell_answer(span, scope, endpoint, status)
                 failed_here = status >= 500 and status not in REFUSED_FOR_NOW
                 if failed_here or logger.isEnabledFor(logging.DEBUG):
                     level = logging.WARNING if failed_here else logging.DEBUG
@@ -142,7 +142,7 @@ class Accounting:
             await route.app(scope, receive, send)
 
 
-def _span(scope: Scope) -> Span:
+def request_span(scope: Scope) -> Span:
     """A request's, which goes on with its client's trace."""
     if not tracing.on() or scope["path"].removeprefix(PREFIX).startswith(UNTRACED):
         return NOTHING
@@ -153,7 +153,7 @@ def _span(scope: Scope) -> Span:
     return tracing.begin(Start(method, "server", clients_traceparent(Headers(scope=scope)), attributes))
 
 
-def _tell(span: Span, scope: Scope, endpoint: str, status: int) -> None:
+def tell_answer(span: Span, scope: Scope, endpoint: str, status: int) -> None:
     """What is known at a request's end. Not its path: what is no route may be anything, a key among it."""
     state = scope["state"]
     attributes = {"http.response.status_code": status, "qwen3.request.id": state["request_id"]}

@@ -62,12 +62,12 @@ class Answer:
 @dataclass(slots=True)
 class _Run:
     """A job in hand, waiting for its turn until it has a task. `delivery` is the latest one: after a reconnection the
-    broker delivers it again. `taken_ns` is when the first came, in Unix nanoseconds, from `queue`. `charged`
-    (beforehand) and `used` are tokens."""
+    broker delivers it again. `taken_ns` is when the first came, in Unix nanoseconds. `charged` (beforehand) and `used`
+    are tokens."""
 
     job: Job
     delivery: Delivery
-    queue: str
+    suspect: bool = False
     taken_ns: int = field(default_factory=time.time_ns)
     charged: float = 0.0
     used: int = 0
@@ -91,7 +91,7 @@ class Worker(ABC):
     """A worker of one model. Subclasses load the model in `start` and answer in `handle`."""
 
     type: WorkerType
-    provider: str
+    provider = "unknown"
     """What makes the answers, for `gen_ai.provider.name`."""
 
     def __init__(self, settings: Settings, model: str) -> None:
@@ -225,10 +225,9 @@ class Worker(ABC):
             return  # what this connection came back for is to finish what is in hand
         # One suspect at a time: if it ends this worker, no other one counts a delivery.
         suspects = topology.suspects_queue(self.model)
-        self._consumers = [await link.consume(suspects, partial(self._on_job, suspects, None), 1)]
+        self._consumers = [await link.consume(suspects, partial(self._on_job, None), 1)]
         for lane, slots in self._slots.items():
-            queue = topology.jobs_queue(self.model, lane)
-            take = partial(self._on_job, queue, lane)
+            queue, take = topology.jobs_queue(self.model, lane), partial(self._on_job, lane)
             # Consumers of a higher priority are served first: a job goes to wait at a worker only once none has room.
             self._consumers += [
                 await link.consume(queue, take, slots.count, priority=1),
@@ -288,7 +287,7 @@ class Worker(ABC):
         if run := self._runs.get(request_id):
             self._end(run, Cancelled("No more of the answer can be held for the broker."))
 
-    def _on_job(self, queue: str, lane: Lane | None, delivery: Delivery) -> None:
+    def _on_job(self, lane: Lane | None, delivery: Delivery) -> None:
         """Take a job from a lane's queue, or (None) from the suspects', who remember their lane."""
         try:
             job = decode(Job, delivery.body)
@@ -314,7 +313,7 @@ class Worker(ABC):
                 self._asides.add(aside)  # or it may be collected before its end
                 aside.add_done_callback(self._asides.discard)
                 return
-        run = self._runs[job.id] = _Run(job, delivery, queue)
+        run = self._runs[job.id] = _Run(job, delivery, suspect=lane is None)
         if self._cancelled_early.pop(job.id, None) is not None:
             self._end(run, Cancelled("The request was cancelled."))
         if lane is None or run.stopped is not None:
@@ -377,7 +376,8 @@ class Worker(ABC):
             self._consumer.ack(delivery)
 
     async def _run(self, run: _Run) -> None:
-        with spans.process(run.job, run.queue, run.delivery.attempt, run.taken_ns) as span:
+        queue = topology.suspects_queue(self.model) if run.suspect else topology.jobs_queue(self.model, run.job.lane)
+        with spans.process(run.job, queue, run.delivery.attempt, run.taken_ns) as span:
             span.event("begun")
             outcome = await self._finish(run)
             span.tell({"qwen3.outcome": outcome})

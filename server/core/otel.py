@@ -28,6 +28,10 @@ KINDS: dict[tracing.Kind, trace.SpanKind] = {
     "internal": trace.SpanKind.INTERNAL,
 }
 
+TIMEOUT_S = 2
+"""For a batch to be taken. Python's default is 10, and a process whose collector is away ends later by as much, or by
+twice that where an engine in it has spans of its own."""
+
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -113,8 +117,9 @@ def _span_context(traceparent: str) -> trace.SpanContext:
 
 def exporting(settings: Settings, process: str) -> Callable[[Start], tracing.Span]:
     """Spans that go to where settings say, in batches, from a thread; the last ones when the process ends."""
+    # In the environment, because that is where an engine looks that traces itself.
+    os.environ.setdefault("OTEL_EXPORTER_OTLP_TIMEOUT", str(TIMEOUT_S))
     if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
-        # In the environment, because that is where an engine looks that traces itself.
         os.environ.setdefault("OTEL_SERVICE_NAME", f"qwen3-{process}")
     provider = TracerProvider(resource=Resource.create())
     provider.add_span_processor(BatchSpanProcessor(_exporter(settings)))

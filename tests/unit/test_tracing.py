@@ -94,7 +94,7 @@ def test_untraced_processes_never_import_opentelemetry() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     # When each kind of span is begun
     done = subprocess.run(
-        [sys.executable, "-c", UNTRACED], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", UNTRACED], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200
     )
     # Then none is, and nobody has asked for OpenTelemetry
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
@@ -329,6 +329,7 @@ def test_both_protocols_have_their_exporter(monkeypatch: pytest.MonkeyPatch, pro
     # Given each, and sampling by OpenTelemetry's own variable, so that nothing is sent
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "test")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     settings = Settings(otel_exporter_otlp_endpoint="http://127.0.0.1:1", otel_exporter_otlp_protocol=protocol)
     # When spans are made by it, then the variable is heeded
     with exporting(settings, "test")(Start("x", "internal", "", {})) as span:

@@ -150,7 +150,11 @@ def request_span(scope: Scope) -> Span:
     attributes = {"http.request.method": method, "url.scheme": scope["scheme"]}
     if scope.get("http_version"):
         attributes["network.protocol.version"] = scope["http_version"]
-    return tracing.begin(Start(method, "server", clients_traceparent(Headers(scope=scope)), attributes))
+    return tracing.begin(Start(_named(method), "server", clients_traceparent(Headers(scope=scope)), attributes))
+
+
+def _named(method: str) -> str:
+    return method if method in METHODS else "HTTP"
 
 
 def tell_answer(span: Span, scope: Scope, endpoint: str, status: int) -> None:
@@ -158,8 +162,7 @@ def tell_answer(span: Span, scope: Scope, endpoint: str, status: int) -> None:
     state = scope["state"]
     attributes = {"http.response.status_code": status, "qwen3.request.id": state["request_id"]}
     if endpoint != "unknown":
-        method = scope["method"] if scope["method"] in METHODS else "HTTP"
-        span.rename(f"{method} {endpoint}")
+        span.rename(f"{_named(scope['method'])} {endpoint}")
         attributes["http.route"] = endpoint
     if state["model"]:
         attributes["gen_ai.request.model"] = state["model"]

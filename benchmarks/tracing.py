@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -37,7 +38,13 @@ class Encoding(SpanExporter):
 def chat(flags: str) -> None:
     """All that a chat's processes do for its trace, in order."""
     header = [(b"traceparent", f"00-{'a' * 32}-{'b' * 16}-{flags}".encode())]
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "scheme": "http", "headers": header}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "scheme": "http",
+        "headers": header,
+    }
     scope["state"] = {"request_id": "id", "model": "m"}
     with request_span(scope) as request:
         with spans.publish(QUEUE, "id", request.traceparent) as sent:

@@ -105,7 +105,7 @@ async def test_a_chat_is_one_trace_from_http_to_its_vector(
     # Then every step of it is in that trace, each under the step that it came from
     vector = ("make vector", f"publish {VECTOR_JOBS}", f"process {VECTOR_JOBS}", f"embeddings {VECTORS}")
     names = (*BEGINNING, *KEPT, *vector, "INSERT chat_vectors")
-    spans = await until(lambda: receiver.named(trace_id, *names), 60)
+    spans = await until(lambda: receiver.named(trace_id, *names), 120)
     assert sorted(span.name for span in spans) == sorted(names)
     by_id = {span.span_id: span.name for span in spans}
     parents = {span.name: by_id.get(span.parent_id, span.parent_id) for span in spans}

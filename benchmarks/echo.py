@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from server.core import logging as json_logging
+from server.core import tracing
 from server.core.messages import Job, Record, WorkerType
 from server.core.settings import Settings, load_settings
 from workers.base import Answer, Worker
@@ -28,6 +29,7 @@ class EchoWorker(Worker):
     """Answers with `words` words, each after `pause_s`; a stream has one a chunk."""
 
     type: WorkerType = "chat"
+    provider = "echo"
 
     def __init__(self, settings: Settings, model: str, words: int, pause_s: float = 0.0, slots: int = SLOTS) -> None:
         super().__init__(settings, model)
@@ -89,6 +91,7 @@ def main() -> int:
     args = top.parse_args()
     settings = load_settings()
     json_logging.configure(settings.log_level, "echo")
+    tracing.start(settings, "echo")
     return asyncio.run(EchoWorker(settings, args.model, args.words, args.pause, args.slots).run())
 
 

@@ -12,6 +12,7 @@ import uvloop
 
 from server.auth import hash_key, new_key
 from server.core import logging as json_logging
+from server.core import tracing
 from server.core.errors import ServiceError
 from server.core.registry import load_registry
 from server.core.settings import BadSettings, Settings, load_settings
@@ -107,6 +108,7 @@ def _serve(settings: Settings, fd: int | None) -> int:
     from server.core.http import Bounds, HttpServer, Shared
     from server.errors import refusal
 
+    tracing.start(settings, "server")
     app = create_app(settings, load_registry(settings.models_file))
     bounds = Bounds(settings.max_connections, settings.receive_timeout_s, settings.stalled_reader_s)
     shared = Shared(bounds, refusal)

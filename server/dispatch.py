@@ -210,6 +210,9 @@ class Dispatcher:
         if status != "completed" and waiter.sent:
             self.inbox.cancel(waiter.job.id)
         now = time.time()
+        if error is not None and error.status >= 500:
+            waiter.span.fail(type(error).__name__)  # also in a stream, which has long begun with status 200
+        waiter.span.tell({"qwen3.outcome": status})
         told = ErrorFrame(error.status, error.message, error.param, error.code) if error is not None else None
         self._ended[waiter.job.id] = replace(self._state(waiter), status=status, finished_at=now, error=told)
         while self._ended and (

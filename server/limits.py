@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from server.core import tracing
 from server.core.errors import InvalidRequest
 from server.errors import short
 from server.json_schema import check_schema as check_schema
@@ -131,7 +132,12 @@ CVE-2025-62426 (GHSA-69j4-grxj-j64p), CVE-2026-115918 (GHSA-x567-49g5-p4cf)."""
 
 
 def traceparent(headers: Mapping[str, str]) -> str:
-    """The trace that a request belongs to; empty if there is none or not a proper one."""
+    """What the request's jobs belong to: its own span, or its client's where none is made."""
+    return tracing.current().traceparent or clients_traceparent(headers)
+
+
+def clients_traceparent(headers: Mapping[str, str]) -> str:
+    """The trace that a request is to be part of; empty if there is none or not a proper one."""
     given = headers.get("traceparent", "")
     return given if TRACEPARENT.fullmatch(given) else ""
 

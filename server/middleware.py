@@ -16,11 +16,12 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.core import metrics
+from server.core import metrics, tracing
 from server.core.errors import EngineFailed, HeadersTooLarge
 from server.core.http import HARDENING
+from server.core.tracing import NOTHING, Span, Start
 from server.errors import PREFIX, Dialect, dialect_of, error_response
-from server.limits import MAX_HEADER_BYTES
+from server.limits import MAX_HEADER_BYTES, clients_traceparent
 from server.rate import RateState
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ UNANSWERED = 499
 
 REFUSED_FOR_NOW = (503, 529)
 """Of these there are many at once, and what is amiss has its own line."""
+
+UNTRACED = ("/health", "/metrics")
+"""What is asked every few seconds, and tells nothing of a request."""
+
+METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
+"""Others have one name between them in traces, as anything can be sent."""
 
 CLIENT_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -86,6 +93,7 @@ class Accounting:
         state = scope.setdefault("state", {})
         state["started"], state["model"], state["request_id"] = started, "", secrets.token_hex(16)
         status = UNANSWERED
+        span = request_span(scope)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -96,29 +104,32 @@ class Accounting:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        try:
-            await self._handle(scope, receive, send_with_headers)
-        except Exception:
-            # Here rather than in the framework's outermost layer, so that it is counted and labelled too.
-            logger.exception("unexpected error", extra=_fields(scope))
-            if status != UNANSWERED:
-                metrics.errors.labels(EngineFailed.__name__, str(EngineFailed.status)).inc()  # of a stream, cut off
-                raise
-            failed = EngineFailed("Something went wrong here. The server's log has the details.")
-            await error_response(failed, Request(scope))(scope, receive, send_with_headers)
-        finally:
-            # The route's template, not the path: labels stay few whatever is asked for.
-            route = scope.get("route")
-            endpoint = getattr(route, "path", "unknown").removeprefix(PREFIX)
-            took_s = time.monotonic() - started
-            _count(endpoint, state["model"], status, took_s)
-            if principal := state.get("principal"):
-                _of_key(metrics.key_label(principal.key_id), f"{status // 100}xx").inc()
-            failed_here = status >= 500 and status not in REFUSED_FOR_NOW
-            if failed_here or logger.isEnabledFor(logging.DEBUG):
-                level = logging.WARNING if failed_here else logging.DEBUG
-                extra = _fields(scope) | {"endpoint": endpoint, "status": status, "took_s": round(took_s, 4)}
-                logger.log(level, "request answered", extra=extra)
+        with span:
+            try:
+                await self._handle(scope, receive, send_with_headers)
+            except Exception:
+                # Here rather than in the framework's outermost layer, so that it is counted and labelled too.
+                logger.exception("unexpected error", extra=_fields(scope))
+                if status != UNANSWERED:
+                    metrics.errors.labels(EngineFailed.__name__, str(EngineFailed.status)).inc()  # of a stream, cut off
+                    raise
+                failed = EngineFailed("Something went wrong here. The server's log has the details.")
+                await error_response(failed, Request(scope))(scope, receive, send_with_headers)
+            finally:
+                # The route's template, not the path: labels stay few whatever is asked for.
+                route = scope.get("route")
+                endpoint = getattr(route, "path", "unknown").removeprefix(PREFIX)
+                took_s = time.monotonic() - started
+                _count(endpoint, state["model"], status, took_s)
+                if principal := state.get("principal"):
+                    _of_key(metrics.key_label(principal.key_id), f"{status // 100}xx").inc()
+                if span is not NOTHING:
+                    tell_answer(span, scope, endpoint, status)
+                failed_here = status >= 500 and status not in REFUSED_FOR_NOW
+                if failed_here or logger.isEnabledFor(logging.DEBUG):
+                    level = logging.WARNING if failed_here else logging.DEBUG
+                    extra = _fields(scope) | {"endpoint": endpoint, "status": status, "took_s": round(took_s, 4)}
+                    logger.log(level, "request answered", extra=extra)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -132,6 +143,35 @@ class Accounting:
         else:
             scope["route"] = route
             await route.app(scope, receive, send)
+
+
+def request_span(scope: Scope) -> Span:
+    """A request's, which goes on with its client's trace."""
+    if not tracing.on() or scope["path"].removeprefix(PREFIX).startswith(UNTRACED):
+        return NOTHING
+    method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+    attributes = {"http.request.method": method, "url.scheme": scope["scheme"]}
+    if scope.get("http_version"):
+        attributes["network.protocol.version"] = scope["http_version"]
+    return tracing.begin(Start(_named(method), "server", clients_traceparent(Headers(scope=scope)), attributes))
+
+
+def _named(method: str) -> str:
+    return method if method in METHODS else "HTTP"
+
+
+def tell_answer(span: Span, scope: Scope, endpoint: str, status: int) -> None:
+    """What is known at a request's end. Not its path: what is no route may be anything, a key among it."""
+    state = scope["state"]
+    attributes = {"http.response.status_code": status, "qwen3.request.id": state["request_id"]}
+    if endpoint != "unknown":
+        span.rename(f"{_named(scope['method'])} {endpoint}")
+        attributes["http.route"] = endpoint
+    if state["model"]:
+        attributes["gen_ai.request.model"] = state["model"]
+    span.tell(attributes)
+    if status >= 500:
+        span.fail(str(status))
 
 
 def _fields(scope: Scope) -> dict[str, str]:

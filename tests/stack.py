@@ -26,12 +26,14 @@ STOP_TIMEOUT_S = 60
 
 @dataclass
 class Stack:
-    """`output` is what `up` printed since its last start; `key` the one it made at the first."""
+    """`output` is what `up` printed since its last start; `key` the one it made at the first. `settings` are those that
+    it has besides."""
 
     folder: Path
     port: int = field(default_factory=free_port)
     key: str = ""
     output: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,6 +50,7 @@ class Stack:
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(self.folder / "hub"),
             "RATE_LIMIT_PER_MINUTE": "0",
+            **self.settings,
         }
 
     def start(self) -> None:
@@ -111,9 +114,9 @@ class Stack:
 
 
 @contextmanager
-def whole_stack(folder: Path) -> Iterator[Stack]:
+def whole_stack(folder: Path, **settings: str) -> Iterator[Stack]:
     """One over `folder / "data"`; in the end it must stop well and leave nothing behind."""
-    running = Stack(folder / "data")
+    running = Stack(folder / "data", settings=settings)
     running.folder.mkdir()
     running.start()
     yield running

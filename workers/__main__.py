@@ -7,6 +7,7 @@ from pathlib import Path
 import uvloop
 
 from server.core import logging as json_logging
+from server.core import tracing
 from server.core.errors import ServiceError
 from server.core.registry import ModelSpec, ModelType, Registry, line_of_option, load_registry
 from server.core.settings import BadSettings, Settings, load_settings
@@ -84,6 +85,7 @@ def main() -> int:
         for name in ("amqp_url", "database_url")[: 2 if args.type == "archive" else 1]:
             if not getattr(settings, name):
                 raise BadSettings(f"{name.upper()} is not set. A worker needs it; ./run starts everything itself.")
+        tracing.start(settings, f"worker-{args.type}")
         return uvloop.run(_run(args, settings))
     except ServiceError as exc:
         print(f"error: {exc.message}", file=sys.stderr)

@@ -11,7 +11,7 @@ import time
 
 import msgspec
 
-from server.core import metrics, queued, topology
+from server.core import metrics, queued, spans, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import DatabaseUnavailable, RecordRefused, ServiceError
 from server.core.inbox import Inbox
@@ -124,16 +124,20 @@ class Archivist:
         return deliveries
 
     async def _write(self, deliveries: list[Delivery]) -> None:
+        began_ns = time.time_ns()
         records: list[tuple[Delivery, Record]] = []
         for delivery in deliveries:
             try:
                 records.append((delivery, decode(Record, delivery.body)))
             except msgspec.DecodeError:
                 await self._bury(delivery)
+        if self._vectors is not None:
+            self._vectors.remember([record for _, record in records])  # before the vectors' task can find them
         try:
             await self._store_when_possible([record for _, record in records])
         except RecordRefused:
             if len(records) == 1:
+                spans.written([records[0][1]], topology.HISTORY, began_ns, "RecordRefused")
                 await self._bury(records[0][0])
                 return
             # One that Postgres will never take must not hold up the others: find it.
@@ -143,6 +147,7 @@ class Archivist:
         if records:
             # Batches are written in the order of their delivery: all that came before is written, or buried.
             self._history.ack(records[-1][0], through=True)
+        spans.written([record for _, record in records], topology.HISTORY, began_ns)
         for _, record in records:
             self._beacon.lag_s = max(time.time() - record.finished_at, 0)
             metrics.history_lag.observe(self._beacon.lag_s)

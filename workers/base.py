@@ -15,12 +15,13 @@ from functools import partial
 
 import msgspec
 
-from server.core import metrics, topology
+from server.core import metrics, spans, topology, tracing
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
 from server.core.messages import Cancel, FrameKind, Job, Lane, Record, WorkerType, decode, encode, encode_frames
 from server.core.settings import Settings
 from server.core.signals import stop_event
+from server.core.tracing import Span
 from workers.beacon import Beacon
 from workers.probe import Probe
 from workers.replies import Reply, ReplyOutbox
@@ -61,10 +62,13 @@ class Answer:
 @dataclass(slots=True)
 class _Run:
     """A job in hand, waiting for its turn until it has a task. `delivery` is the latest one: after a reconnection the
-    broker delivers it again. `charged` (beforehand) and `used` are tokens."""
+    broker delivers it again. `taken_ns` is when the first came, in Unix nanoseconds. `charged` (beforehand) and `used`
+    are tokens."""
 
     job: Job
     delivery: Delivery
+    suspect: bool = False
+    taken_ns: int = field(default_factory=time.time_ns)
     charged: float = 0.0
     used: int = 0
     task: asyncio.Task[None] | None = None
@@ -87,6 +91,8 @@ class Worker(ABC):
     """A worker of one model. Subclasses load the model in `start` and answer in `handle`."""
 
     type: WorkerType
+    provider = "unknown"
+    """What makes the answers, for `gen_ai.provider.name`."""
 
     def __init__(self, settings: Settings, model: str) -> None:
         self.settings = settings
@@ -308,7 +314,7 @@ class Worker(ABC):
                 self._asides.add(aside)  # or it may be collected before its end
                 aside.add_done_callback(self._asides.discard)
                 return
-        run = self._runs[job.id] = _Run(job, delivery)
+        run = self._runs[job.id] = _Run(job, delivery, suspect=lane is None)
         if self._cancelled_early.pop(job.id, None) is not None:
             self._end(run, Cancelled("The request was cancelled."))
         if lane is None or run.stopped is not None:
@@ -371,6 +377,16 @@ class Worker(ABC):
             self._consumer.ack(delivery)
 
     async def _run(self, run: _Run) -> None:
+        queue = topology.suspects_queue(self.model) if run.suspect else topology.jobs_queue(self.model, run.job.lane)
+        with spans.process(run.job, queue, run.delivery.attempt, run.taken_ns) as span:
+            span.event("begun")
+            outcome = await self._finish(run)
+            span.tell({"qwen3.outcome": outcome})
+            if outcome in ("failed", "expired"):
+                span.fail(outcome)
+
+    async def _finish(self, run: _Run) -> str:
+        """Do the job, settle it and make room for the next; returns the outcome's name."""
         started = time.monotonic()
         outcome = "failed"
         settle: Callable[[Delivery], None] | None = self._consumer.ack
@@ -394,6 +410,7 @@ class Worker(ABC):
             metrics.jobs.labels(self.model, outcome).inc()
             if settle is not None:
                 settle(run.delivery)
+        return outcome
 
     async def _answer(self, run: _Run) -> str:
         """Do the job and tell its end; returns the outcome's name. Raises CancelledError or EngineDied."""
@@ -414,7 +431,9 @@ class Worker(ABC):
         deadline = asyncio.get_running_loop().call_later(left_s, self._end, run, late)
         answer: Answer | None = None
         try:
-            answer = await self.handle(job, reply)
+            with spans.generate(job, self.provider, tracing.current().traceparent) as span:
+                answer = await self.handle(job, reply)
+                spans.generated(span, answer.record)
         except asyncio.CancelledError:
             if run.stopped is None:
                 raise
@@ -435,7 +454,8 @@ class Worker(ABC):
             run.used = answer.record.prompt_tokens + answer.record.completion_tokens
         if answer is not None and job.recorded:
             whole = run.stopped is None
-            recorded = self._record(answer.record if whole else replace(answer.record, finish_reason="cancelled"))
+            record = answer.record if whole else replace(answer.record, finish_reason="cancelled")
+            recorded = self._record(record, tracing.current().traceparent or job.traceparent)
         # The record left before the last frame does: whoever has the whole answer has it in history too.
         if run.stopped is not None:
             reply.fail(run.stopped)
@@ -458,28 +478,35 @@ class Worker(ABC):
             # Its cancel may have been told before this worker listened; its server tells it again.
             await asyncio.sleep(HEAR_S)
 
-    def _record(self, record: Record) -> Awaitable[None]:
+    def _record(self, record: Record, parent: str) -> Awaitable[None]:
         """Send the record to history now; what is returned ends when the broker has it, however long that takes."""
-        body = encode(record)
+        span = spans.publish(topology.HISTORY, record.request_id, parent)
+        if trace := span.traceparent or parent:
+            record = replace(record, traceparent=trace)
         try:
-            first = self._publisher.publish_soon(topology.HISTORY, body, message_id=record.request_id)
+            first = self._publisher.publish_soon(
+                topology.HISTORY, encode(record), message_id=record.request_id, traceparent=record.traceparent
+            )
         except BrokerUnavailable as exc:
             first = asyncio.get_running_loop().create_future()
             first.set_exception(exc)
-        return self._until_recorded(first, record.request_id, body)
+        return self._until_recorded(first, record, span)
 
-    async def _until_recorded(self, confirmed: Awaitable[None], request_id: str, body: bytes) -> None:
-        while True:
-            try:
-                await confirmed
-            except ServiceError as exc:
-                # Not answered again: the answer is out. A second copy is told by its request id.
-                extra = {"action": "record", "request_id": request_id, "error": type(exc).__name__}
-                logger.warning("record not published yet", extra=extra)
-                await asyncio.sleep(RECORD_RETRY_S)
-                confirmed = self._publisher.publish(topology.HISTORY, body, message_id=request_id)
-            else:
-                return
+    async def _until_recorded(self, confirmed: Awaitable[None], record: Record, span: Span) -> None:
+        with span:
+            while True:
+                try:
+                    await confirmed
+                except ServiceError as exc:
+                    # Not answered again: the answer is out. A second copy is told by its request id.
+                    extra = {"action": "record", "request_id": record.request_id, "error": type(exc).__name__}
+                    logger.warning("record not published yet", extra=extra)
+                    await asyncio.sleep(RECORD_RETRY_S)
+                    confirmed = self._publisher.publish(
+                        topology.HISTORY, encode(record), message_id=record.request_id, traceparent=record.traceparent
+                    )
+                else:
+                    return
 
     def _give_back(self, delivery: Delivery) -> None:
         self._consumer.reject(delivery, requeue=True)

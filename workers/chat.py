@@ -18,6 +18,7 @@ from workers.transcript import Transcript, asked, put_before_question
 
 class ChatWorker(Worker):
     type: WorkerType = "chat"
+    provider = "vllm"
 
     def __init__(self, settings: Settings, spec: ModelSpec) -> None:
         super().__init__(settings, spec.id)

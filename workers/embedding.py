@@ -26,6 +26,7 @@ MAX_DIMENSIONS = 4000
 
 class EmbeddingWorker(Worker):
     type: WorkerType = "embedding"
+    provider = "sentence_transformers"
 
     def __init__(self, settings: Settings, spec: ModelSpec) -> None:
         super().__init__(settings, spec.id)

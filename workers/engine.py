@@ -79,13 +79,16 @@ class UnknownOption(BadSettings):
         self.option = option
 
 
-def engine_options(spec: ModelSpec, media_domains: list[str], *, few_cores: bool = False) -> dict[str, Any]:
+def engine_options(
+    spec: ModelSpec, media_domains: list[str], *, few_cores: bool = False, traces_endpoint: str = ""
+) -> dict[str, Any]:
     """vLLM's options, by name, for a model that may fetch media from these hosts."""
     options = {
         **DEFAULTS,
         **({"logits_processors": SAMPLERS} if spec.extra_samplers else {}),
         **({} if _has_gpu() else CPU_DEFAULTS),
         **(FEW_CORES if few_cores else {}),
+        **({"otlp_traces_endpoint": traces_endpoint} if traces_endpoint else {}),
         **spec.engine,
         "model": spec.source,
         "served_model_name": spec.id,
@@ -112,13 +115,12 @@ def engine_argv(options: dict[str, Any]) -> list[str]:
     return argv
 
 
-def engine_arguments(spec: ModelSpec, media_domains: list[str], *, few_cores: bool = False) -> Any:
-    """vLLM's parsed arguments for a model. Raises UnknownOption."""
+def engine_arguments(spec: ModelSpec, options: dict[str, Any]) -> Any:
+    """vLLM's parsed arguments for a model, of its `engine_options`. Raises UnknownOption."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
-    options = engine_options(spec, media_domains, few_cores=few_cores)
     known = vars(parser.parse_args([]))
     for name in options:
         if name not in known:
@@ -149,7 +151,13 @@ async def start_engine(spec: ModelSpec, settings: Settings) -> AsyncIterator[Cha
         # vLLM says so to a computing process of its own only.
         os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0) - settings.front) or 1))
     bound_whitespace()
-    args = engine_arguments(spec, settings.media_domains, few_cores=bool(settings.front))
+    if settings.traces_endpoint:
+        # vLLM looks for nothing else, and takes gRPC without it.
+        os.environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = settings.traces_protocol
+    options = engine_options(
+        spec, settings.media_domains, few_cores=bool(settings.front), traces_endpoint=settings.traces_endpoint
+    )
+    args = engine_arguments(spec, options)
     async with build_async_engine_client(args) as client:
         state = State()
         await init_app_state(client, state, args, await client.get_supported_tasks())

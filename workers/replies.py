@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from server.core import topology
+from server.core import spans, topology
 from server.core.amqp import BLOCKED, AmqpLink
 from server.core.errors import AnswerLost, BrokerUnavailable, InvalidRequest, ServiceError
 from server.core.messages import ErrorFrame, Frame, FrameKind, encode, encode_frames
@@ -146,7 +146,10 @@ class Reply:
             )
             return
         elapsed_s = time.monotonic() - self._taken_at
-        self._outbox.add(self._reply_to, Frame(self._request_id, self._run, next(self._seq), kind, data, elapsed_s))
+        seq = next(self._seq)
+        if seq == 1 and kind == "chunk":  # after the word that the job was taken
+            spans.first_token(elapsed_s)
+        self._outbox.add(self._reply_to, Frame(self._request_id, self._run, seq, kind, data, elapsed_s))
 
     def fail(self, error: ServiceError) -> None:
         self.send("error", encode(ErrorFrame(error.status, error.message, error.param, error.code)))

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server.core import tracing
 from server.core.conversation import MEDIA
 from server.core.errors import ContextExceeded, InvalidRequest, ServiceError, from_status
 from server.core.messages import Api
@@ -138,6 +139,15 @@ class Serving(ABC):
         return "" if data == "[DONE]" else data
 
 
+def _from() -> Any:
+    """The HTTP request that vLLM reads a trace from, to put its own span there; None where nothing is traced."""
+    if not (traceparent := tracing.current().traceparent):
+        return None
+    from starlette.requests import Request
+
+    return Request({"type": "http", "headers": [(b"traceparent", traceparent.encode())]})
+
+
 def _refusal(code: int, message: str, param: str | None) -> ServiceError:
     """vLLM's error as ours: its words where the request is at fault, none of them where the engine is."""
     if code >= 500:
@@ -177,7 +187,7 @@ class Chat(Serving):
 
     async def _generate(self, request: Any) -> Any:
         await self._check_fits(request)
-        return await self._state.openai_serving_chat.create_chat_completion(request, None)
+        return await self._state.openai_serving_chat.create_chat_completion(request, _from())
 
     async def _check_fits(self, request: Any) -> None:
         """Refuse a `max_tokens` that the prompt leaves no room for; vLLM would quietly give fewer tokens.
@@ -221,7 +231,7 @@ class Completions(Chat):
         options = {"stream_options": COUNTED} if body["stream"] else {}
         request = CompletionRequest(**body, **options, request_id=request_id)
         self._check_tokens(request.prompt)
-        return await self._state.openai_serving_completion.create_completion(request, None)
+        return await self._state.openai_serving_completion.create_completion(request, _from())
 
     def _check_tokens(self, prompt: Any) -> None:
         """Refuse ids that the model has room for and the tokenizer no token: vLLM breaks on the echo of such."""
@@ -297,7 +307,7 @@ class Responses(Serving):
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
         request = ResponsesRequest(**body, request_id=f"resp_{request_id}")
-        return await self._state.openai_serving_responses.create_responses(request, None)
+        return await self._state.openai_serving_responses.create_responses(request, _from())
 
     def _whole(self, response: Any, heard: Heard) -> bytes:
         data: bytes = response.model_dump_json(by_alias=True).encode()

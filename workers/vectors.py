@@ -9,11 +9,11 @@ import uuid
 import numpy as np
 from numpy.typing import NDArray
 
-from server.core import metrics
+from server.core import metrics, spans
 from server.core.conversation import Message, answer, last_question
 from server.core.errors import EngineFailed, InvalidRequest, RecordRefused, ServiceError
 from server.core.inbox import Inbox
-from server.core.messages import Job, decode_embeddings, vectors_of
+from server.core.messages import Job, Record, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec
 from server.db.store import Row, Store
 from server.db.vector_index import VectorIndexes
@@ -28,6 +28,8 @@ LOOK_S = 10.0
 OUTGROWN_S = 60.0
 """How often keys that have outgrown exact search are looked for."""
 EMBED_TIMEOUT_S = 120.0
+MAX_TRACES = 10_000
+"""Of chats that wait for a vector; while more do, the oldest get theirs in traces of their own."""
 
 
 def searchable_text(messages: list[Message]) -> str:
@@ -43,9 +45,16 @@ class Vectors:
         self._store = store
         self._indexes = indexes
         self._inbox = inbox
+        self._traces: dict[str, str] = {}
         self.come = asyncio.Event()
         self._written = asyncio.Event()
         self._written.set()  # what came before this process did
+
+    def remember(self, records: list[Record]) -> None:
+        """Let the vectors of these chats be part of their traces."""
+        self._traces |= {one.request_id: one.traceparent for one in records if one.type == "chat" and one.traceparent}
+        for request_id in list(self._traces)[: max(0, len(self._traces) - MAX_TRACES)]:
+            del self._traces[request_id]
 
     async def embed_all(self) -> None:
         """Give each new chat its vector, until cancelled; what fails is tried again after a while."""
@@ -84,9 +93,12 @@ class Vectors:
     async def _embed(self, chats: list[Row]) -> None:
         """Embed a batch; one that the model or Postgres will never take goes without. Raises Unavailable
         and what else may pass."""
+        ids: list[str] = [chat["request_id"] for chat in chats]
         try:
-            vectors = await self._vectors(chats)
-            await self._store.write_vectors(chats, self._model.vector_space, vectors)
+            with spans.Vectors(self._model.id, ids, [self._traces.get(id_, "") for id_ in ids]) as together:
+                vectors = await self._vectors(chats, together.traceparent)
+                with together.insert():
+                    await self._store.write_vectors(chats, self._model.vector_space, vectors)
         except (InvalidRequest, EngineFailed, RecordRefused) as exc:
             if len(chats) > 1:
                 for chat in chats:
@@ -95,10 +107,13 @@ class Vectors:
             extra = {"action": "vectors", "chat": chats[0]["id"], "error": type(exc).__name__}
             logger.error("chat left without a vector", extra=extra)
             await self._store.drop_pending(chats[0]["id"])
+            self._traces.pop(ids[0], None)
             return
+        for id_ in ids:
+            self._traces.pop(id_, None)
         metrics.vectors_written.labels(self._model.id).inc(len(chats))
 
-    async def _vectors(self, chats: list[Row]) -> NDArray[np.float32]:
+    async def _vectors(self, chats: list[Row], traceparent: str) -> NDArray[np.float32]:
         """float32 (n_chats, dimensions)."""
         now = time.time()
         job = Job(
@@ -111,6 +126,8 @@ class Vectors:
             created_at=now,
             deadline=now + EMBED_TIMEOUT_S,
             recorded=False,
+            traceparent=traceparent,
+            api="embeddings",
         )
         waiter = await self._inbox.submit(job, "batch")
         try:

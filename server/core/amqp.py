@@ -151,20 +151,28 @@ class AmqpLink:
         self._fail_unconfirmed(LOST)
         self._ready.clear()
 
-    async def publish(self, queue: str, body: bytes, *, message_id: str = "") -> None:
-        """Send to a queue and wait until the broker has it.
+    async def publish(self, queue: str, body: bytes, *, message_id: str = "", traceparent: str = "") -> None:
+        """Send to a queue and wait until the broker has it. `traceparent` becomes a header: our own processes read the
+        message's field, which outlives being queued anew, and others' tools look there.
 
         Raises QueueFull when the queue refuses it, BrokerUnavailable when the broker is lost, blocked or silent (it may
         have the message all the same), and PayloadTooLarge.
         """
-        await self.publish_soon(queue, body, message_id=message_id)
+        await self.publish_soon(queue, body, message_id=message_id, traceparent=traceparent)
 
-    def publish_soon(self, queue: str, body: bytes, *, message_id: str = "") -> asyncio.Future[None]:
+    def publish_soon(
+        self, queue: str, body: bytes, *, message_id: str = "", traceparent: str = ""
+    ) -> asyncio.Future[None]:
         """`publish`, returning at once with what to wait for. What this link sends later arrives later."""
         if len(body) > topology.MAX_MESSAGE_BYTES:
             # The broker would close the channel over it, and cut off everybody else's.
             raise PayloadTooLarge(f"The request is larger than {topology.MAX_MESSAGE_BYTES} bytes.")
-        properties = pika.BasicProperties(message_id=message_id, delivery_mode=2, content_type="application/json")
+        properties = pika.BasicProperties(
+            message_id=message_id,
+            delivery_mode=2,
+            content_type="application/json",
+            headers={"traceparent": traceparent} if traceparent else None,
+        )
         return self._confirmed(queue, body, properties, mandatory=False)
 
     def _confirmed(

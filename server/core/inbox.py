@@ -9,10 +9,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import msgspec
 
-from server.core import prompt_tokens, topology
+from server.core import prompt_tokens, spans, topology, tracing
 from server.core.amqp import AmqpLink, Delivery
 from server.core.continuation import Continuation, Differs, may_continue
 from server.core.errors import (
@@ -46,6 +47,7 @@ class Waiter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.span = tracing.current()
         self.sent = self.started = False
         self.worker = ""
         """Who began it last, where it said so."""
@@ -108,6 +110,7 @@ class Waiter:
             self._again = Continuation(self.job, self._handed)
             extra = {"action": "continue", "request_id": self.job.id, "frames": len(self._handed)}
             logger.info("another worker goes on", extra=extra)
+            self.span.event("another worker goes on")
         self._run, self.started = frame.run, True
         self.worker = frame.data.decode(errors="replace") if frame.kind == "started" else ""
         self._seq = min(frame.seq, 1)  # to lose the first frame, which says nothing, does no harm
@@ -208,16 +211,19 @@ class Inbox:
 
     async def send(self, waiter: Waiter, lane: Lane) -> None:
         """Queue the job. Raises QueueFull, BrokerUnavailable, PayloadTooLarge or DeadlineExceeded."""
-        job = waiter.job
-        body = encode(job)
-        if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
-            raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
-        waiter.sent = True
-        try:
-            async with asyncio.timeout(job.deadline - time.time()):
-                await self.publisher.publish(topology.jobs_queue(job.model, lane), body, message_id=job.id)
-        except TimeoutError as exc:
-            raise DeadlineExceeded("The message broker did not take the request in time.") from exc
+        job, queue = waiter.job, topology.jobs_queue(waiter.job.model, lane)
+        with spans.publish(queue, job.id, job.traceparent) as span:
+            if span.traceparent:
+                job = replace(job, traceparent=span.traceparent)
+            body = encode(job)
+            if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
+                raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
+            waiter.sent = True
+            try:
+                async with asyncio.timeout(job.deadline - time.time()):
+                    await self.publisher.publish(queue, body, message_id=job.id, traceparent=job.traceparent)
+            except TimeoutError as exc:
+                raise DeadlineExceeded("The message broker did not take the request in time.") from exc
 
     def release(self, request_id: str) -> None:
         if (waiter := self.waiting.pop(request_id, None)) is not None:

@@ -3,15 +3,21 @@
 import logging
 import re
 import sys
+from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
+
+from server.core import tracing
 
 SECRETS = re.compile(r"\bqk-[\w-]{8,}|(?<=://)[^/\s\"@]*(?=@)|(?<=bearer )[^\s\",']+", re.IGNORECASE)
 """Keys of ours, and the user and password of a URL, which a library's exception may quote."""
 
 
 class Discreet(JsonFormatter):
-    """Whatever ends up in a line, what looks like a secret does not."""
+    """Whatever ends up in a line, what looks like a secret does not; and it says which trace it is of."""
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        return super().process_log_record(log_data | tracing.current().ids)
 
     def format(self, record: logging.LogRecord) -> str:
         return SECRETS.sub("[hidden]", super().format(record))

@@ -54,6 +54,7 @@ class Job:
     `created_at` and `deadline` are in Unix seconds: a job past its deadline is dropped, never generated.
     `recorded` is false for the service's own work (vectors of chats, queries of `/chat/similar`), which is
     neither history nor usage. `lane` is that of the queue a worker took it from. `weight` is the key's share of turns.
+    `traceparent`: of the span that published it; until then, and where nothing is traced, of the request's.
     """
 
     id: Name
@@ -117,7 +118,7 @@ class EmbeddingResult:
 class Record:
     """A finished request, to be kept: a chat with its messages, or an embedding request's usage.
 
-    `created_at` and `finished_at` are in Unix seconds.
+    `created_at` and `finished_at` are in Unix seconds. `traceparent`: of the span that published it.
     """
 
     request_id: Name
@@ -133,6 +134,7 @@ class Record:
     messages: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: Text = ""
     texts: Count = 0
+    traceparent: Text = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ MAX_SECRET_BYTES = 64 * 1024
 ORIGIN = re.compile(r"\*|https?://[a-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
 """As browsers send it: no path, no closing slash."""
 
+PROTOCOL = "^(http/protobuf|grpc)$"
+"""Of OTLP's, those that OpenTelemetry's Python packages speak."""
+
 
 class BadSettings(ServiceError):
     """A setting, or models.yaml, is wrong. The message is for the person who starts the service."""
@@ -115,6 +118,20 @@ class Settings(BaseSettings):
         pattern=r"^(\d+(,\d+)*)?$",
         description="Cores, comma-separated, that a chat worker keeps to, leaving its engine the others; set by `up`",
     )
+    otel_exporter_otlp_endpoint: str = Field(
+        "", description="Where traces go by OTLP, such as `http://collector:4318`; unset: none are made"
+    )
+    otel_exporter_otlp_traces_endpoint: str = Field(
+        "", description="The same for traces alone, with the path, such as `http://collector:4318/v1/traces`; it wins"
+    )
+    otel_exporter_otlp_protocol: str = Field(
+        "http/protobuf", pattern=PROTOCOL, description="How they go there: `http/protobuf`, or `grpc`"
+    )
+    otel_exporter_otlp_traces_protocol: str = Field(
+        "", pattern=f"^$|{PROTOCOL}", description="The same for traces alone; it wins"
+    )
+    otel_traces_exporter: str = Field("otlp", pattern="^(otlp|none)$", description="`none`: no traces are made")
+    otel_sdk_disabled: bool = Field(False, description="`true`: the same")
     log_level: str = Field("INFO", pattern="(?i)^(debug|info|warning|error)$", description="Least severe log line")
 
     @model_validator(mode="before")
@@ -155,6 +172,19 @@ class Settings(BaseSettings):
     def on_demand(self) -> frozenset[str]:
         """`start_on_demand` as ids."""
         return frozenset(filter(None, (id_.strip() for id_ in self.start_on_demand.split(","))))
+
+    @property
+    def traces_endpoint(self) -> str:
+        """Where traces go, with the path that HTTP has there; empty where none are made."""
+        if self.otel_sdk_disabled or self.otel_traces_exporter == "none":
+            return ""
+        base = self.otel_exporter_otlp_endpoint
+        path = "" if self.traces_protocol == "grpc" or not base else "/v1/traces"
+        return self.otel_exporter_otlp_traces_endpoint or base.rstrip("/") + path
+
+    @property
+    def traces_protocol(self) -> str:
+        return self.otel_exporter_otlp_traces_protocol or self.otel_exporter_otlp_protocol
 
     @property
     def front(self) -> set[int]:

@@ -129,7 +129,7 @@ class Store:
         return written
 
     async def pending_chats(self, limit: int) -> list[Row]:
-        """Chats without a vector: rows of `id, key_id, messages`."""
+        """Chats without a vector: rows of `id, key_id, request_id, messages`."""
         return await self._rows("pending_chats", {"limit": limit})
 
     async def requeue_vectors(self, space: str) -> int:

@@ -7,12 +7,21 @@ import httpx
 import openai
 import pytest
 
+from tests.otlp import Receiver, receiving
 from tests.stack import Stack, whole_stack
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with whole_stack(tmp_path_factory.mktemp("stack")) as running:
+def collector() -> Iterator[Receiver]:
+    """Gets the traces of those requests whose client asks for one."""
+    with receiving() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, collector: Receiver) -> Iterator[Stack]:
+    settings = collector.environment | {"OTEL_TRACES_SAMPLER": "parentbased_always_off"}
+    with whole_stack(tmp_path_factory.mktemp("stack"), **settings) as running:
         yield running
 
 

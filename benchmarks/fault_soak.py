@@ -1,12 +1,14 @@
 """Half an hour of chats while processes are killed and frozen: is any chat lost, doubled, or without an explanation?
 
-Streamed chats are asked for at a fixed rate; some clients leave in the middle. Meanwhile one fault follows the other:
-a worker, the API server, the broker or the database is killed, or frozen for a while. After each the service must
-become healthy again by itself. In the end every request has to be explained:
+Streamed chats are asked for at a fixed rate; some clients leave in the middle, some stop their request. Meanwhile one
+fault follows the other: a worker, the API server, the broker or the database is killed, or frozen for a while, or many
+more chats come at once, or bodies that are none. After each the service must become healthy again by itself. In the
+end every request has to be explained:
 
 answered   the whole text, the same as without faults, and exactly one record of it with the same text and counts
 refused    a clear error before the answer, or as the last event of a stream: then at most one record
 left       the client's own doing: at most one record
+stopped    by DELETE: at most one record
 """
 
 import argparse
@@ -33,7 +35,9 @@ from server.db.pool import make_pool
 QUESTIONS = ("What is the capital of France?", "Tell me about rivers.", "Say hello.")
 CLEAR = {408, 429, 500, 502, 503, 504}
 """Statuses of a request that a fault ended; anything else that is not 200 is unexplained."""
+EXPLAINED = ("answered", "refused", "left", "stopped")
 HEALTHY_WITHIN_S = 180.0
+HOSTILE = (b"", b"{", b"[]", b"\xff", b'{"messages": "hello"}', b'{"messages": [{"role": 1}]}', b"[" * 100_000)
 ANSWER_WITHIN_S = 330.0
 """A little more than a request's own deadline."""
 SETTLED_WITHIN_S = 120.0
@@ -45,6 +49,8 @@ def arguments() -> argparse.Namespace:
     top.add_argument("--minutes", type=float, default=30)
     top.add_argument("--chats", type=float, default=3, metavar="RATE", help="streamed chats a second")
     top.add_argument("--leaving", type=float, default=0.1, metavar="SHARE", help="of clients that leave in the middle")
+    top.add_argument("--stopped", type=float, default=0.1, metavar="SHARE", help="of requests, by DELETE")
+    top.add_argument("--burst", type=int, default=200, metavar="COUNT", help="chats that come at once")
     top.add_argument("--pause", type=float, default=10, metavar="SECONDS", help="between recovery and the next fault")
     top.add_argument("--seed", type=int, default=0, help="of the faults' order")
     top.add_argument("--only", nargs="+", choices=[fault.name for fault in FAULTS], help="these faults")
@@ -53,10 +59,10 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`victim` is a kind of process; `frozen_s` 0: it is killed."""
+    """`victim` is a kind of process; `frozen_s` 0: it is killed. Without one it is the clients' doing."""
 
     name: str
-    victim: str
+    victim: str = ""
     frozen_s: float = 0.0
 
 
@@ -71,15 +77,21 @@ FAULTS = (
     Fault("chat worker frozen", "chat", 20),
     Fault("engine frozen", "engine", 20),
     Fault("archivist frozen", "archive", 20),
+    Fault("embedding worker frozen", "embedding", 20),
+    Fault("broker frozen", "rabbitmq", 10),
     Fault("database frozen", "postgres", 10),
+    Fault("many at once"),
+    Fault("hostile bodies"),
 )
 
 
 @dataclass(slots=True)
 class Asked:
-    """One request. `outcome`: answered, refused, left, or what is unexplained about it."""
+    """One request. `end`: what its client does before it is over. `outcome`: answered, refused, left, stopped, or what
+    is unexplained about it."""
 
     question: str
+    end: str = ""
     outcome: str = ""
     request_id: str = ""
     text: str = ""
@@ -96,7 +108,7 @@ class Trial:
     healed_s: list[tuple[str, float]] = field(default_factory=list)
 
 
-async def ask(client: aiohttp.ClientSession, model: str, one: Asked, leaving: bool) -> None:
+async def ask(client: aiohttp.ClientSession, model: str, one: Asked) -> None:
     """Have one question answered; fills in `one`."""
     body = {
         "model": model,
@@ -111,7 +123,7 @@ async def ask(client: aiohttp.ClientSession, model: str, one: Asked, leaving: bo
         async with asyncio.timeout(ANSWER_WITHIN_S):
             async with client.post("/v1/chat/completions", json=body) as response:
                 one.request_id = response.headers.get("X-Request-Id", "")
-                one.outcome = await (_read(response, one, leaving) if response.status == 200 else _refusal(response))
+                one.outcome = await (_read(client, response, one) if response.status == 200 else _refusal(response))
     except TimeoutError:
         one.outcome = "no end"
     except aiohttp.ClientError:
@@ -127,7 +139,8 @@ async def _refusal(response: aiohttp.ClientResponse) -> str:
     return "refused" if response.status in CLEAR else f"{response.status}: {message}"
 
 
-async def _read(response: aiohttp.ClientResponse, one: Asked, leaving: bool) -> str:
+async def _read(client: aiohttp.ClientSession, response: aiohttp.ClientResponse, one: Asked) -> str:
+    stopping = False
     async for line in response.content:
         if not line.startswith(b"data: "):
             continue
@@ -136,33 +149,55 @@ async def _read(response: aiohttp.ClientResponse, one: Asked, leaving: bool) -> 
             return "answered"
         chunk = orjson.loads(data)
         if "error" in chunk:
-            return "refused"
+            return "stopped" if stopping else "refused"
         for choice in chunk["choices"]:
             one.text += choice["delta"].get("content") or ""
         if chunk.get("usage"):
             one.completion_tokens = chunk["usage"]["completion_tokens"]
-        if leaving and one.text:
+        if one.text and one.end == "leave":
             return "left"
+        if one.text and one.end == "stop" and not stopping:
+            stopping = True
+            async with client.delete(f"/v1/requests/{one.request_id}") as stopped:
+                await stopped.read()
     return "cut short without an error"
 
 
 async def keep_asking(client: aiohttp.ClientSession, args: argparse.Namespace, model: str, trial: Trial) -> None:
     """Until cancelled; then waits for what is on its way."""
     asking: set[asyncio.Task[None]] = set()
+    ends, weights = ("leave", "stop", ""), (args.leaving, args.stopped, 1 - args.leaving - args.stopped)
     try:
         while True:
             await asyncio.sleep(random.expovariate(args.chats))
-            one = Asked(random.choice(QUESTIONS))
+            one = Asked(random.choice(QUESTIONS), random.choices(ends, weights)[0])
             trial.asked.append(one)
-            task = asyncio.create_task(ask(client, model, one, random.random() < args.leaving))
+            task = asyncio.create_task(ask(client, model, one))
             asking.add(task)
             task.add_done_callback(asking.discard)
     finally:
         await asyncio.gather(*asking)
 
 
+async def many_at_once(client: aiohttp.ClientSession, model: str, trial: Trial, count: int) -> None:
+    burst = [Asked(random.choice(QUESTIONS)) for _ in range(count)]
+    trial.asked += burst
+    await asyncio.gather(*(ask(client, model, one) for one in burst))
+
+
+async def hostile(client: aiohttp.ClientSession, trial: Trial) -> None:
+    for body in HOSTILE:
+        one = Asked("hostile", outcome="refused")
+        trial.asked.append(one)
+        async with client.post(
+            "/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
+        ) as answer:
+            if not 400 <= answer.status < 500:
+                one.outcome = f"{answer.status} for {body[:20]!r}"
+
+
 async def inflict(ours: Service, fault: Fault) -> None:
-    """Do it; returns when it is over, not when it is healed."""
+    """Do it to a process; returns when it is over, not when it is healed."""
     victims = ours.processes().get(fault.victim, [])[:1]
     if fault.victim == "rabbitmq":
         victims = [each for each in ours.processes()["rabbitmq"] if "beam" in each.name()]
@@ -194,7 +229,9 @@ async def within(limit_s: float, check: Callable[[], Awaitable[bool]]) -> float:
             await asyncio.sleep(0.2)
 
 
-async def torment(ours: Service, client: aiohttp.ClientSession, args: argparse.Namespace, trial: Trial) -> None:
+async def torment(
+    ours: Service, client: aiohttp.ClientSession, args: argparse.Namespace, model: str, trial: Trial
+) -> None:
     chance = random.Random(args.seed)
     faults = [fault for fault in FAULTS if not args.only or fault.name in args.only]
     began = time.monotonic()
@@ -203,7 +240,13 @@ async def torment(ours: Service, client: aiohttp.ClientSession, args: argparse.N
             bar.update(round(now) - bar.n)
             fault = chance.choice(faults)
             bar.set_description(fault.name)
-            await inflict(ours, fault)
+            match fault.name:
+                case "many at once":
+                    await many_at_once(client, model, trial, args.burst)
+                case "hostile bodies":
+                    await hostile(client, trial)
+                case _:
+                    await inflict(ours, fault)
             await asyncio.sleep(1)  # by now it shows
             trial.healed_s.append((fault.name, await within(HEALTHY_WITHIN_S, lambda: healthy(client))))
             counts = Counter(one.outcome or "open" for one in trial.asked)
@@ -234,7 +277,7 @@ async def records(database_url: str) -> dict[str, dict[str, Any]]:
 def explain(trial: Trial, kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What is lost, doubled or unexplained, and the counts of what is not."""
     usage = kept.pop("usage")
-    unexplained = Counter(one.outcome for one in trial.asked if one.outcome not in ("answered", "refused", "left"))
+    unexplained = Counter(one.outcome for one in trial.asked if one.outcome not in EXPLAINED)
     lost, garbled = [], []
     for one in trial.asked:
         if one.outcome != "answered":
@@ -273,11 +316,11 @@ async def main(args: argparse.Namespace) -> None:
         for question in QUESTIONS:
             one = Asked(question)
             trial.asked.append(one)
-            await ask(client, chat.id, one, leaving=False)
+            await ask(client, chat.id, one)
             trial.expected[question] = one.text
         asking = asyncio.create_task(keep_asking(client, args, chat.id, trial))
         try:
-            await torment(ours, client, args, trial)
+            await torment(ours, client, args, chat.id, trial)
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)

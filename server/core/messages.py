@@ -1,7 +1,7 @@
 """The messages between server, workers and archivist, and their encodings.
 
 What arrives is held to these types, whoever sent it: `decode` lets nothing else in.
-Durable messages (jobs, history) and the small fanouts are JSON, so that `dead` can be read by a person.
+Durable messages (jobs, history) and the small fanouts are JSON, so that `dead.v2` can be read by a person.
 Frames live for milliseconds and carry text chunks and vectors as they are: those are MessagePack.
 A field may be added with a default; none is renamed or removed while an older process may still run.
 """

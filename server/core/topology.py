@@ -18,10 +18,10 @@ HISTORY = "history.v2"
 """Finished requests wait here until Postgres has them."""
 HISTORY_BEFORE = "history"
 """Where versions before this one left them: a classic queue, of which a cluster has one copy."""
-DEAD = "dead"
-"""Jobs that were delivered too often, for a person to look at."""
+DEAD = "dead.v2"
+"""Jobs that were delivered too often, for a person to look at. Versions before this one had a classic queue `dead`."""
 DEAD_LETTERS = "dead-letters"
-"""Fanout: each job given up on, to `dead` and to every server, one of which has a client that waits for it."""
+"""Fanout: each job given up on, to `dead.v2` and to every server, one of which has a client that waits for it."""
 
 WATCH = "watch"
 """Whoever runs a broker asks here whether it still takes something. It keeps the last."""
@@ -40,8 +40,9 @@ MAX_JOB_BYTES = 8 * 2**20
 """A record is its job and the answer, and has to fit as well: nobody could be told that it does not."""
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    # Without a limit of its own, RabbitMQ 4 drops what was delivered 20 times; no record may be dropped.
+    # Without a limit of its own, RabbitMQ 4 drops what was delivered 20 times; neither may be dropped.
     HISTORY: {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
+    DEAD: {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
     WATCH: {"x-queue-type": "quorum", "x-max-length": 1, "x-delivery-limit": 1},
 }
 """Of queues with one name."""

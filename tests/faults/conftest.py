@@ -6,21 +6,40 @@ from pathlib import Path
 import pytest
 
 from tests.faults.guarded import Guarded, guarded_service
-from tests.faults.rig import Rig, rig
+from tests.faults.rig import Rig, Stores, rig, sharing, stores
 from tests.stack import Stack, whole_stack
+
+MOST_RIGS = 100
+"""Tests that share the stores."""
+
+
+@pytest.fixture(scope="session")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stores]:
+    """Broker and database of all tests that do nothing to these."""
+    async with stores(tmp_path_factory.mktemp("stores")) as made:
+        await made.set_aside(MOST_RIGS)
+        yield made
 
 
 @pytest.fixture
-async def parts(tmp_path: Path) -> AsyncIterator[Rig]:
-    """Broker and database of the test's own; it starts what else it needs."""
+async def parts(tmp_path: Path, shared: Stores) -> AsyncIterator[Rig]:
+    """A database and a virtual host of the test's own; it starts what else it needs."""
+    async with sharing(tmp_path, shared) as made:
+        yield made
+
+
+@pytest.fixture
+async def own_parts(tmp_path: Path) -> AsyncIterator[Rig]:
+    """The same with a broker and a Postgres of its own, to be broken."""
     async with rig(tmp_path) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guarded]:
+async def guarded(tmp_path_factory: pytest.TempPathFactory, shared: Stores) -> AsyncIterator[Guarded]:
     """One for all tests that abuse it: it has to stand that."""
-    async with guarded_service(tmp_path_factory.mktemp("guarded")) as made:
+    folder = tmp_path_factory.mktemp("guarded")
+    async with sharing(folder, shared) as parts, guarded_service(parts) as made:
         yield made
 
 

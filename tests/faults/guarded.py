@@ -4,10 +4,9 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from server.process import Child
-from tests.faults.rig import MODEL, Rig, rig, until
+from tests.faults.rig import MODEL, Rig, until
 
 RECEIVE_TIMEOUT_S = 2
 STALLED_READER_S = 2
@@ -50,26 +49,25 @@ class Guarded:
 
 
 @asynccontextmanager
-async def guarded_service(folder: Path) -> AsyncIterator[Guarded]:
-    async with rig(folder) as parts:
-        parts.serve(**{MODEL: {}, SILENT: {}})
-        bounds = {
-            "RECEIVE_TIMEOUT_S": str(RECEIVE_TIMEOUT_S),
-            "STALLED_READER_S": str(STALLED_READER_S),
-            "MAX_CONNECTIONS": str(MAX_CONNECTIONS),
-            "STREAM_BUFFER_BYTES": str(BUFFER_BYTES),
-            "CORS_ALLOWED_ORIGINS": f"https://other.example.com, {ORIGIN}",
-            "LOG_LEVEL": logging.getLevelName(logging.DEBUG),
-        }
-        url, server = await parts.server(**bounds)
-        worker = await parts.echo(LOG_LEVEL="DEBUG")
-        await parts.archive(LOG_LEVEL="DEBUG")
-        made = Guarded(parts, url, server, worker, await parts.new_key("ada"), await parts.new_key("eve"))
-        async with parts.client(url) as client:
+async def guarded_service(parts: Rig) -> AsyncIterator[Guarded]:
+    parts.serve(**{MODEL: {}, SILENT: {}})
+    bounds = {
+        "RECEIVE_TIMEOUT_S": str(RECEIVE_TIMEOUT_S),
+        "STALLED_READER_S": str(STALLED_READER_S),
+        "MAX_CONNECTIONS": str(MAX_CONNECTIONS),
+        "STREAM_BUFFER_BYTES": str(BUFFER_BYTES),
+        "CORS_ALLOWED_ORIGINS": f"https://other.example.com, {ORIGIN}",
+        "LOG_LEVEL": logging.getLevelName(logging.DEBUG),
+    }
+    url, server = await parts.server(**bounds)
+    worker = await parts.echo(LOG_LEVEL="DEBUG")
+    await parts.archive(LOG_LEVEL="DEBUG")
+    made = Guarded(parts, url, server, worker, await parts.new_key("ada"), await parts.new_key("eve"))
+    async with parts.client(url) as client:
 
-            async def echoing() -> bool:
-                workers = (await client.get("/health")).json()["workers"]
-                return {worker["type"] for worker in workers if worker["ready"]} == {"chat", "archive"}
+        async def echoing() -> bool:
+            workers = (await client.get("/health")).json()["workers"]
+            return {worker["type"] for worker in workers if worker["ready"]} == {"chat", "archive"}
 
-            await until(echoing)
-        yield made
+        await until(echoing)
+    yield made

@@ -6,13 +6,14 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import yaml
 
 from server.core.settings import BadSettings
@@ -20,9 +21,49 @@ from server.db.pool import make_pool, migrate
 from server.db.store import Store
 from server.private import PrivatePostgres, PrivateRabbitMQ, free_port
 from server.process import Child, start
+from tests.faults.broker import ctl
 from tests.processes import MARK
 
 MODEL = "qwen3-test"
+
+
+@dataclass
+class Stores:
+    """A broker and a migrated database that run, and what of them is set aside for rigs that share them."""
+
+    postgres: PrivatePostgres
+    rabbitmq: PrivateRabbitMQ
+    database_url: str
+    amqp_url: str
+    hosts: Iterator[str] = field(default_factory=lambda: iter(()))
+
+    async def set_aside(self, count: int) -> None:
+        """Virtual hosts for so many rigs: made one by one, each would take the broker's command a second."""
+        names = [f"rig{n}" for n in range(count)]
+        hosts = ", ".join(f'<<"{name}">>' for name in names)
+        all_ = '<<".*">>, <<".*">>, <<".*">>'
+        each = f"rabbit_vhost:add(H, U), rabbit_auth_backend_internal:set_permissions(U, H, {all_}, U)"
+        await ctl(self.rabbitmq, "eval", f'U = <<"qwen3">>, [begin {each} end || H <- [{hosts}]].')
+        self.hosts = iter(names)
+
+    async def one(self) -> tuple[str, str]:
+        """Addresses of a database and a virtual host that nobody has used."""
+        name = next(self.hosts)
+        server, database = self.database_url.split("/postgres?")
+        async with await psycopg.AsyncConnection.connect(f"{server}/template1?{database}", autocommit=True) as admin:
+            await admin.execute(f"CREATE DATABASE {name} TEMPLATE postgres")
+        return f"{server}/{name}?{database}", f"{self.amqp_url.removesuffix('%2F')}{name}"
+
+
+@asynccontextmanager
+async def stores(folder: Path) -> AsyncIterator[Stores]:
+    postgres, rabbitmq = PrivatePostgres(folder / "postgres"), PrivateRabbitMQ(folder / "rabbitmq")
+    try:
+        database_url, amqp_url = await asyncio.gather(postgres.start(), rabbitmq.start())
+        await asyncio.to_thread(migrate, database_url)
+        yield Stores(postgres, rabbitmq, database_url, amqp_url)
+    finally:
+        await asyncio.gather(postgres.stop(), rabbitmq.stop())
 
 
 @dataclass
@@ -98,26 +139,33 @@ class Rig:
         for child in self.children:
             if not child.exited:
                 os.kill(child.process.pid, signal.SIGCONT)  # what is frozen hears no other signal
-            await child.stop(timeout_s=10)
+        await asyncio.gather(*(child.stop(timeout_s=10) for child in self.children))
 
 
 @asynccontextmanager
 async def rig(folder: Path) -> AsyncIterator[Rig]:
-    """A rig without servers and workers yet."""
-    postgres, rabbitmq = PrivatePostgres(folder / "postgres"), PrivateRabbitMQ(folder / "rabbitmq")
-    made: Rig | None = None
+    """A rig with stores of its own, without servers and workers yet."""
+    async with stores(folder) as own, _rig(folder, own, own.database_url, own.amqp_url) as made:
+        yield made
+
+
+@asynccontextmanager
+async def sharing(folder: Path, shared: Stores) -> AsyncIterator[Rig]:
+    """The same over a part of stores that others use too, for who does nothing to these."""
+    async with _rig(folder, shared, *await shared.one()) as made:
+        yield made
+
+
+@asynccontextmanager
+async def _rig(folder: Path, own: Stores, database_url: str, amqp_url: str) -> AsyncIterator[Rig]:
+    made = Rig(folder, own.postgres, own.rabbitmq, database_url, amqp_url, key="")
     try:
-        database_url, amqp_url = await asyncio.gather(postgres.start(), rabbitmq.start())
-        await asyncio.to_thread(migrate, database_url)
-        made = Rig(folder, postgres, rabbitmq, database_url, amqp_url, key="")
         async with made.store() as store:
             made.key = await _make_key(store, "admin", is_admin=True)
         made.serve()
         yield made
     finally:
-        if made is not None:
-            await made.stop()
-        await asyncio.gather(postgres.stop(), rabbitmq.stop())
+        await made.stop()
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from server.core import topology
 from server.core.amqp import AmqpLink
@@ -38,6 +39,12 @@ NOTICED_S = 10
 SLOW = ("--words", "300", "--pause", "0.05")
 """An answer that takes 15 s."""
 HELD = "qwen3-held"
+
+
+@pytest.fixture
+def parts(own_parts: Rig) -> Rig:
+    """What is done here is done to the stores."""
+    return own_parts
 
 
 async def all_refused(client: httpx.AsyncClient) -> bool:

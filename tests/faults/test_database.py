@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from tests.faults.chats import ask, health, healthy, is_refused, kept
 from tests.faults.disk import disk, fill
@@ -17,6 +18,12 @@ from tests.faults.rig import Rig, kept_alive, rig, until
 DOWN_S = 60
 """What is promised."""
 READS = ("/chat/history", "/chat/sessions", "/chat/stats", "/usage")
+
+
+@pytest.fixture
+def parts(own_parts: Rig) -> Rig:
+    """What is done here is done to the stores."""
+    return own_parts
 
 
 def postgres_processes(parts: Rig) -> list[psutil.Process]:

@@ -97,7 +97,7 @@ JOBS_REFUSED: list[dict[str, Any]] = [
     {"endpoint": "a\x00b"},
     # What would make answers into records, jobs and dead letters, or be too long for the broker
     {"reply_to": "history"},
-    {"reply_to": "dead"},
+    {"reply_to": "dead.v2"},
     {"reply_to": JOBS},
     {"reply_to": ""},
     {"reply_to": "replies." + "x" * 300},

@@ -15,6 +15,12 @@ from tests.processes import marked, naming
 from tests.stack import Stack
 
 
+@pytest.fixture
+def parts(own_parts: Rig) -> Rig:
+    """What is done here is done to the stores."""
+    return own_parts
+
+
 def listening(processes: list[psutil.Process]) -> dict[str, set[tuple[str, int]]]:
     """Addresses and ports on which these processes, and what they started, can be reached, by process name."""
     found: dict[str, set[tuple[str, int]]] = {}

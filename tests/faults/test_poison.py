@@ -35,7 +35,7 @@ async def kept_alive(rig: Rig) -> AsyncIterator[list[int]]:
 
 
 def dead_letters(amqp_url: str) -> list[tuple[Job, str]]:
-    """What a person finds in `dead`: each job and why it is there."""
+    """What a person finds in `dead.v2`: each job and why it is there."""
     found = []
     with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
         channel = connection.channel()

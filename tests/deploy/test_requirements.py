@@ -42,12 +42,26 @@ def imported(patterns: list[str]) -> set[str]:
             if isinstance(node, ast.Import):
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                modules.add(node.module)
-    tops = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"server", "workers"}
+                modules |= {f"{node.module}.{alias.name}" for alias in node.names}
     # vLLM is the chat workers' alone, who share a module with the others that imports it when it is needed.
-    unknown = {top for top in tops if top not in distributions} - {"vllm"}
+    ours = {"server", "workers", "vllm"} | set(sys.stdlib_module_names)
+    modules = {module for module in modules if module.partition(".")[0] not in ours}
+    unknown = {module for module in modules if module.partition(".")[0] not in distributions}
     assert not unknown, f"no package has {unknown}"
-    return {canonicalize_name(name) for top in tops - {"vllm"} for name in distributions[top]} - ONLY_UP
+    found: set[str] = set()
+    for module in modules:
+        owners = set(distributions[module.partition(".")[0]])
+        if len(owners) > 1:  # one of them has this part of the name they share
+            owners = {name for name in owners if has(name, module) or has(name, module.rpartition(".")[0])}
+        found |= {canonicalize_name(name) for name in owners}
+    return found - ONLY_UP
+
+
+def has(distribution: str, module: str) -> bool:
+    """Whether a module is a file of this distribution."""
+    path = module.replace(".", "/")
+    files = importlib.metadata.files(distribution) or []
+    return any(str(file) in (f"{path}.py", f"{path}/__init__.py") for file in files)
 
 
 def closure(roots: set[str]) -> set[str]:

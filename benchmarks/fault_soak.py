@@ -31,6 +31,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.stack import Service, service
 from server.db.pool import make_pool
+from server.fleet import STALE_S
 
 QUESTIONS = ("What is the capital of France?", "Tell me about rivers.", "Say hello.")
 CLEAR = {408, 429, 500, 502, 503, 504}
@@ -247,7 +248,7 @@ async def torment(
                     await hostile(client, trial)
                 case _:
                     await inflict(ours, fault)
-            await asyncio.sleep(1)  # by now it shows
+            await asyncio.sleep(STALE_S + 1)  # by now it shows: so long a lost worker counts as there
             trial.healed_s.append((fault.name, await within(HEALTHY_WITHIN_S, lambda: healthy(client))))
             counts = Counter(one.outcome or "open" for one in trial.asked)
             bar.set_postfix(counts)

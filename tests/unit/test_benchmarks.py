@@ -14,7 +14,7 @@ from benchmarks.load import Load, Target
 from tests.stack import PROJECT
 
 FOLDER = PROJECT / "benchmarks"
-SCRIPTS = ("chat_throughput", "embeddings", "gateway", "scaling", "similar", "soak", "tracing")
+SCRIPTS = ("chat_throughput", "embeddings", "fault_soak", "gateway", "scaling", "similar", "soak", "tracing")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

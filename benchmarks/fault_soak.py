@@ -279,8 +279,14 @@ def explain(trial: Trial, kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What is lost, doubled or unexplained, and the counts of what is not."""
     usage = kept.pop("usage")
     unexplained = Counter(one.outcome for one in trial.asked if one.outcome not in EXPLAINED)
-    lost, garbled = [], []
+    lost, garbled, unbilled = [], [], []
+    ids = {one.request_id for one in trial.asked}
+    strangers = [request_id for request_id in kept if request_id not in ids]
     for one in trial.asked:
+        if not trial.expected.get(one.question, "").startswith(one.text):
+            garbled.append(one.text)
+        if one.outcome in ("left", "stopped") and one.request_id not in kept:
+            unbilled.append(one.request_id)
         if one.outcome != "answered":
             continue
         if one.text != trial.expected[one.question]:
@@ -298,6 +304,8 @@ def explain(trial: Trial, kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "garbled": garbled,
         "doubled": usage["requests"] - len(kept),
         "tokens_billed_beyond_records": usage["completion_tokens"] - billed,
+        "unbilled": unbilled,
+        "recorded_and_never_asked": strangers,
         "unexplained": unexplained,
         "healed_s": {
             name: [round(s, 1) for each, s in trial.healed_s if each == name] for name, _ in sorted(set(trial.healed_s))
@@ -339,6 +347,7 @@ async def main(args: argparse.Namespace) -> None:
     summary = (
         f"{args.minutes:g} min, {len(trial.healed_s)} faults, {len(trial.asked)} chats: {dict(result['outcomes'])}; "
         f"lost {len(result['lost'])}, doubled {result['doubled']}, garbled {len(result['garbled'])}, "
+        f"unbilled {len(result['unbilled'])}, "
         f"unexplained {sum(result['unexplained'].values())}; records {dict(result['records'])}; longest to heal "
         f"{max((s for _, s in trial.healed_s), default=0):.0f} s"
     )

@@ -6,6 +6,7 @@ import json
 import resource
 import socket
 import sys
+import time
 from pathlib import Path
 
 import uvloop
@@ -122,7 +123,7 @@ def _serve(settings: Settings, fd: int | None) -> int:
         stopped = asyncio.create_task(stop_event().wait())
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.started and not serving.done():
-            app.state.draining = True
+            app.state.draining, app.state.drained_by = True, time.monotonic() + settings.drain_timeout_s
             await server.drain(settings.drain_timeout_s, shared=fd is not None)
         server.should_exit = True
         await serving

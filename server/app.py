@@ -62,10 +62,10 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         try:
             yield
         finally:
+            await app.state.keeper.close(app.state.drained_by - time.monotonic())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await app.state.keeper.close()
             await app.state.dispatcher.close()
             await pool.close()
 
@@ -79,7 +79,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     )
     app.state.settings, app.state.registry = settings, registry
     app.state.started_at = int(time.time())
-    app.state.draining = False
+    app.state.draining, app.state.drained_by = False, 0.0
     add_error_handlers(app)
     # For the document only: KeyedRoute lets nobody past without a key.
     keyed: list[Any] = [

@@ -129,6 +129,11 @@ class Dispatcher:
     def connected(self) -> bool:
         return self.inbox.publisher.connected and self.inbox.consumer.connected
 
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker takes nothing for now, nor tells of workers."""
+        return self.inbox.publisher.blocked
+
     async def submit(self, call: Call) -> Ticket:
         """Queue the call. Raises NoWorker, QueueFull or BrokerUnavailable."""
         absent = not self.fleet.has(call.spec.type, call.spec.id)
@@ -245,7 +250,7 @@ class Dispatcher:
         """The requests of this server that no worker has begun, wherever they wait: here, in the broker, or at a
         worker that looks ahead. Those whose worker is lost wait again."""
         # While the broker takes nothing, workers cannot say that they live.
-        heard = None if self.inbox.publisher.blocked else {worker.worker for worker in self.fleet.workers()}
+        heard = None if self.blocked else {worker.worker for worker in self.fleet.workers()}
         return [waiter for waiter in self.inbox.waiting.values() if _waits(waiter, heard)]
 
     def _state(self, waiter: Waiter) -> RequestState:

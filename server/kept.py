@@ -154,9 +154,14 @@ class Keeper:
         self._peers.on_events = self._on_ask
         dispatcher.inbox.on_return = self._on_return
 
-    async def close(self) -> None:
-        tasks = [kept.task for kept in self._making.values() if kept.task is not None]
-        tasks += [task for _, task in self._relays.values()]
+    async def close(self, left_s: float) -> None:
+        """What is made has so long to end, for others may read it, or its client may come back; then it is given up."""
+        making = [kept.task for kept in self._making.values() if kept.task is not None]
+        if making and left_s > 0:
+            await asyncio.wait(making, timeout=left_s)
+            if self._relays:
+                await asyncio.wait([task for _, task in self._relays.values()], timeout=CLOSE_S)
+        tasks = [task for task in making if not task.done()] + [task for _, task in self._relays.values()]
         for task in tasks:
             task.cancel()
         if tasks:

@@ -353,7 +353,8 @@ class Worker(ABC):
     async def _take_no_more(self) -> None:
         """And leave what waits to others."""
         for tag in self._consumers:
-            await self._consumer.cancel_consumer(tag)
+            with contextlib.suppress(BrokerUnavailable):  # then it ended with its connection
+                await self._consumer.cancel_consumer(tag)
         await asyncio.gather(*(self._pass_on(lane, run) for lane, run in self._waiting()))
 
     async def _pass_on(self, lane: Lane, run: _Run) -> None:

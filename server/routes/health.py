@@ -33,6 +33,7 @@ async def check(request: Request) -> Health:
         status = "healthy"
     problems = [
         *([] if rabbitmq else ["RabbitMQ is not connected"]),
+        *(["RabbitMQ takes nothing: it is short of memory or of disk"] if state.dispatcher.blocked else []),
         *([] if database else ["Postgres does not answer"]),
         *(f"no {m.type} worker for {m.id} is ready" for m in missing),
         *([] if fleet.has("archive") else ["no archivist is ready"]),

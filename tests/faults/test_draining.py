@@ -158,6 +158,11 @@ async def test_a_rolling_restart_of_the_processes_behind_one_port(parts: Rig) ->
         await each_is_kept(client, sessions)
 
 
+async def running(client: httpx.AsyncClient, count: int) -> bool:
+    workers = (await client.get("/health")).json()["workers"]
+    return sum(worker["running"] for worker in workers if worker["type"] == "chat") == count
+
+
 async def not_ready(client: httpx.AsyncClient) -> httpx.Response | None:
     answer = await client.get("/health/ready")
     return answer if answer.status_code == 503 else None
@@ -173,7 +178,7 @@ async def test_it_finishes_what_it_has_and_takes_nothing_new(parts: Rig, kind: s
         await until(lambda: healthy(client))
         body = {"model": MODEL, "messages": [{"role": "user", "content": "wait 3"}]}
         asking = asyncio.create_task(client.post("/v1/chat/completions", json=body))
-        await asyncio.sleep(0.5)
+        await until(lambda: running(client, 1))
         # When it is asked to stop
         child = worker_ if kind == "worker" else server
         os.kill(child.process.pid, signal.SIGTERM)
@@ -184,7 +189,7 @@ async def test_it_finishes_what_it_has_and_takes_nothing_new(parts: Rig, kind: s
             assert ready.headers["connection"] == "close"
         else:
             # Then it takes nothing new
-            await asyncio.sleep(0.5)
+            await until(lambda: not_ready(client))
             late = await client.post("/v1/chat/completions", json=body)
             assert late.status_code == 503
         # And what it has is answered, and it exits 0

@@ -176,6 +176,25 @@ async def test_the_server_that_makes_an_answer_is_killed(parts: Rig) -> None:
         assert [entry["finish_reason"] for entry in entries] == ["stop", "cancelled"]
 
 
+async def test_the_server_that_makes_an_answer_is_stopped(parts: Rig) -> None:
+    async with life(parts) as running:
+        # Given an answer that one server makes, and that is read by way of another
+        body = say("count", max_tokens=150, stream=True)
+        begun = await read(running.client, 10, "POST", CHAT, json=body, headers=KEY)
+        second = asyncio.create_task(read(running.other, None, "POST", CHAT, json=body, headers=KEY))
+        await asyncio.sleep(0.5)
+        # When the one that makes it has to stop
+        os.kill(running.servers[0].process.pid, signal.SIGTERM)
+        # Then it finishes it first
+        found = await second
+        assert (text(found), found[-1].data) == (numbers(150), "[DONE]")
+        assert await asyncio.wait_for(running.servers[0].process.wait(), 40) == 0
+        # And whoever comes back finds it at the other
+        rest = await read(running.other, None, "POST", CHAT, json=body, headers=KEY | {"Last-Event-ID": "10"})
+        assert begun + rest == found
+        assert running.begun() == ["count"]
+
+
 async def test_nothing_is_kept_without_a_key(parts: Rig) -> None:
     async with life(parts) as running:
         async with running.client.stream("POST", CHAT, json=say("count", max_tokens=5, stream=True)) as response:

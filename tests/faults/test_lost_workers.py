@@ -155,12 +155,13 @@ def ends(data: str) -> str:
 
 
 async def test_killed_in_the_middle_of_streams(service: Service) -> None:
-    async with service.parts.client(service.url) as client:
-        client.timeout = httpx.Timeout(300)
+    key = await service.parts.new_key("in the middle of streams")
+    async with service.parts.client(service.url) as other, service.parts.client(service.url, key) as client:
+        client.timeout = other.timeout = httpx.Timeout(300)
         # Given what each stream says when nothing happens
         kinds = streams()
         whole: dict[str, list[str]] = {kind: [] for kind in kinds}
-        await asyncio.gather(*(read(client, *kinds[kind], whole[kind]) for kind in kinds))
+        await asyncio.gather(*(read(other, *kinds[kind], whole[kind]) for kind in kinds))
         # When the worker is killed in the middle of all of them; the engine is slowed down, for some are short
         got: dict[str, list[str]] = {kind: [] for kind in kinds}
         core = service.engine()
@@ -178,9 +179,13 @@ async def test_killed_in_the_middle_of_streams(service: Service) -> None:
         await service.worker.stop(timeout_s=1)
         await service.start_worker()
         await asyncio.gather(*reading)
-    # Then each goes on, and says what it would have said
-    for kind in kinds:
-        assert text_of(got[kind]) == text_of(whole[kind]), kind
+        # Then each goes on, and says what it would have said
+        for kind in kinds:
+            assert text_of(got[kind]) == text_of(whole[kind]), kind
+        # And each is kept and counted once, as a whole
+        entries = await until(lambda: history(client, len(kinds)))
+        assert "cancelled" not in {entry["finish_reason"] for entry in entries}
+        assert (await client.get("/usage")).json()["total_requests"] == len(kinds)
 
 
 async def test_killed_before_the_first_token(service: Service) -> None:

@@ -50,6 +50,9 @@ class Archivist:
         self._history = AmqpLink(settings.amqp_url, "archive history", self._setup)
         self._beacon = Beacon(self._inbox.publisher, "archive", "", self.probe)
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._writing = 0
+        self._oldest_s: float | None = None
+        """When the oldest of those that are being written ended, in Unix seconds."""
         metrics.begin_archive(embedding.id if embedding else None)
         self._vectors = (
             Vectors(embedding, self._store, VectorIndexes(self._pool), self._inbox) if embedding is not None else None
@@ -65,7 +68,7 @@ class Archivist:
         await self._inbox.start()
         await self._history.start()
         writing = asyncio.create_task(self._write_all(stopping))
-        others = [asyncio.create_task(self._beacon.run()), asyncio.create_task(self._tell_queued())]
+        others = [asyncio.create_task(self._beacon.run()), asyncio.create_task(self._tell())]
         if self._vectors is not None:
             others += [asyncio.create_task(self._vectors.embed_all()), asyncio.create_task(self._vectors.index_all())]
         stopped = asyncio.create_task(stopping.wait())
@@ -90,8 +93,12 @@ class Archivist:
             await self._pool.close()
             await self.probe.stop()
 
-    async def _tell_queued(self) -> None:
+    async def _tell(self) -> None:
+        """What waits, each second: a write may take as long as Postgres is away, or holds it up."""
         while True:
+            self._beacon.backlog = self._writing + self._arrived.qsize()
+            if self._oldest_s is not None:
+                self._beacon.lag_s = max(time.time() - self._oldest_s, 0)
             queued.tell([w for w in self._inbox.waiting.values() if not w.started], self._models, "batch")
             await asyncio.sleep(queued.TELL_EVERY_S)
 
@@ -106,11 +113,12 @@ class Archivist:
     async def _write_all(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set():
             deliveries = await self._next_batch()
+            self._writing = len(deliveries)
             if deliveries:
                 await self._write(deliveries)
                 if self._vectors is not None:
                     self._vectors.come.set()
-            self._beacon.backlog = self._arrived.qsize()
+            self._writing, self._oldest_s = 0, None
 
     async def _next_batch(self) -> list[Delivery]:
         """What has arrived, at most a transaction's worth; nothing, once in a while, when nothing comes."""
@@ -131,6 +139,7 @@ class Archivist:
                 records.append((delivery, decode(Record, delivery.body)))
             except msgspec.DecodeError:
                 await self._bury(delivery)
+        self._oldest_s = min((record.finished_at for _, record in records), default=None)
         if self._vectors is not None:
             self._vectors.remember([record for _, record in records])  # before the vectors' task can find them
         try:
@@ -162,8 +171,6 @@ class Archivist:
             try:
                 self._beacon.progress(await self._store.write(records))
             except DatabaseUnavailable:
-                self._beacon.lag_s = time.time() - min(record.finished_at for record in records)
-                self._beacon.backlog = len(records) + self._arrived.qsize()
                 await asyncio.sleep(RETRY_S)
             else:
                 return

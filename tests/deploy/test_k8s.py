@@ -16,6 +16,7 @@ from server.app import create_app
 from server.core.registry import ModelSpec, Registry, load_registry
 from server.core.settings import SECRETS, Settings
 from server.db.pool import make_pool
+from tests.deploy.dockerfile import stages
 from tests.deploy.manifests import (
     K8S,
     ROOT,
@@ -310,6 +311,23 @@ def test_each_container_may_do_as_little_as_it_can(manifests: list[Manifest]) ->
         assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}, f"{name}: Python wants it"
         for volume in volumes.values():
             assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], f"{name}: may fill its machine"
+
+
+def test_where_images_write_is_mounted(manifests: list[Manifest]) -> None:
+    built = stages()
+    for name, _, container in all_containers(manifests):
+        image = container["image"].rpartition("/")[2].partition(":")[0]
+        own = settings_of(container, manifests)
+        paths = {k: own.get(k, v) for k, v in built[image].environment.items() if v.startswith("/")}
+        # What lies in /opt is the image's own
+        paths = {k: path for k, path in paths.items() if not path.startswith("/opt/")}
+        assert "HOME" in paths, name
+        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+        for variable, path in paths.items():
+            around = [mount for at, mount in mounts.items() if path == at or path.startswith(f"{at}/")]
+            assert around, f"{name}: {variable} is {path}, where nothing is mounted"
+            read_only = around[0].get("readOnly", False)
+            assert read_only == (variable == "HF_HUB_CACHE" and name != "Job/download, download"), f"{name}: {path}"
 
 
 def test_nothing_is_cut_off_that_may_still_be_answered(manifests: list[Manifest]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.manifests import K8S, ROOT, Manifest, kubectl, name_of, of_kind, parse, pods, problems, render
+from tests.deploy.sizing import ASSUMED
 from tests.deploy.test_k8s import SECRETS_BY_HAND, SECRETS_BY_OPERATORS, models_of
 
 GUIDE = ROOT / "deploy" / "README.md"
@@ -148,6 +149,7 @@ def test_another_model_is_served_and_restarts_no_engine(walk: Walk, tmp_path: Pa
     made = pods(after)["Deployment/chat-qwen3-1-5b"]
     assert made["spec"]["priorityClassName"] == "qwen3-batch"
     (spec,) = models_of(made, after, tmp_path).models
+    assert spec.engine["max_num_seqs"] == ASSUMED.slots, "as scaling and sizing count"
     assert spec in models_of(pods(after)["Deployment/server"], after, tmp_path).models
     assert spec in models_of(pods(after)["Job/download"], after, tmp_path).models
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from benchmarks.autoscaler import read
 from server.core.prompt_tokens import BYTES_A_TOKEN
@@ -27,6 +28,14 @@ def test_the_constants_are_the_services() -> None:
     (vectors,) = load_registry(ROOT / "models.yaml").of_type("embedding")
     assert vectors.dimensions == 1024
     assert sizing.PAGE_BYTES // (vectors.dimensions * 2 + 40) == sizing.VECTORS_A_PAGE
+
+
+def test_models_answer_as_many_at_once_as_is_counted_with() -> None:
+    entries = yaml.safe_load((ROOT / "models.yaml").read_text())["models"]
+    # Those that are not enabled too: vLLM's own number depends on the GPU
+    slots = {each["id"]: each["engine"].get("max_num_seqs") for each in entries if each["type"] == "chat"}
+    assert len(slots) > 1
+    assert set(slots.values()) == {sizing.ASSUMED.slots}
 
 
 def test_what_is_said_beside_the_tables_is_counted_as_well() -> None:

@@ -180,6 +180,9 @@ def test_what_commands_name_is_there(walk: Walk) -> None:
     known = {name_of(m) for state in walk.applied("mine") for m in state}
     known |= {name_of(m) for call in walk.calls for m in call.stdin}
     labels = {f"{k}={v}" for state in walk.applied("mine") for m in state for k, v in m["metadata"]["labels"].items()}
+    # And those by which policies know what operators make
+    policies = [m for state in walk.applied("mine") for m in of_kind(state, "NetworkPolicy")]
+    labels |= {f"{k}={v}" for m in policies for k, v in m["spec"]["podSelector"].get("matchLabels", {}).items()}
     namespaces = {"qwen3", "cert-manager", "rabbitmq-system", "cnpg-system", "nginx-ingress", "monitoring"}
     checked = 0
     for argv in _kubectls(walk):

@@ -103,7 +103,10 @@ def bytes_of(amount: str) -> float:
 
 
 def test_the_overlays_are_those_that_are_promised() -> None:
-    assert [path.name for path in overlays()] == ["cpu-dev", "multi-gpu", "single-gpu"]
+    guide = (ROOT / "deploy" / "README.md").read_text()
+    assert set(re.findall(r"\(k8s/overlays/([\w-]+)/kustomization.yaml\)", guide)) == {path.name for path in overlays()}
+    # What the guide has its reader make is the reader's
+    assert "deploy/k8s/overlays/mine/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_a_cluster_would_take_it(manifests: list[Manifest], tmp_path: Path) -> None:
@@ -436,6 +439,7 @@ def test_the_stores_outlive_a_machine_where_there_are_several(overlay: Path, man
     copies = 3 if overlay.name == "multi-gpu" else 1
     assert broker["spec"]["replicas"] == database["spec"]["instances"] == copies
     assert ("synchronous" in database["spec"]["postgresql"]) == (copies > 1), "it would wait for ever for another"
+    assert database["spec"].get("enablePDB", True) == (copies > 1), "of one instance it would never let go"
     assert claim["spec"]["accessModes"] == ["ReadWriteMany" if copies > 1 else "ReadWriteOnce"]
     assert bool(of_kind(manifests, "ScheduledBackup")) == (overlay.name != "cpu-dev")
 

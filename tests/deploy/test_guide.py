@@ -23,8 +23,9 @@ from tests.deploy.test_k8s import SECRETS_BY_HAND, SECRETS_BY_OPERATORS, models_
 GUIDE = ROOT / "deploy" / "README.md"
 
 NOTE = """#!/usr/bin/env bash
-call=$(printf '%s/%03d' "$CALLS" "$(ls "$CALLS" | wc -l)")
-mkdir "$call"
+# One in the background may be called together with the next
+number=$(ls "$CALLS" | wc -l)
+until call=$(printf '%s/%03d' "$CALLS" "$number") && mkdir "$call" 2>/dev/null; do number=$((number + 1)); done
 printf '%s\\n' "$(basename "$0")" "$@" >"$call/argv"
 for argument; do
   if [ "${before:-}" = -k ] || [ "${before:-}" = kustomize ]; then
@@ -149,6 +150,23 @@ def test_the_first_overlay_is_ones_own(walk: Walk) -> None:
     assert of_kind(first, "PersistentVolumeClaim")[0]["spec"]["storageClassName"] == "shared"
 
 
+def test_a_store_at_another_port_may_be_reached(tmp_path: Path) -> None:
+    # Given the patch that stands there as a comment
+    text = GUIDE.read_text()
+    begin = text.index("# - target: {kind: NetworkPolicy")
+    lines = [line[2:] for line in text[begin:].splitlines()[:3]]
+    overlay = K8S / "overlays" / "single-gpu"
+    head = ["namespace: qwen3", "resources:", f"  - {os.path.relpath(overlay, tmp_path)}", "patches:"]
+    (tmp_path / "kustomization.yaml").write_text("\n".join([*head, *lines]))
+    # Then it opens that port beside the others
+    manifests = render(tmp_path)
+    assert problems(manifests, tmp_path) == []
+    (policy,) = (m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "database")
+    *_, out = policy["spec"]["egress"]
+    assert "to" not in out
+    assert [port["port"] for port in out["ports"]] == [443, 6443, 9000]
+
+
 def test_another_model_is_served_and_restarts_no_engine(walk: Walk, tmp_path: Path) -> None:
     before, after, _ = walk.applied("mine")
     assert {*pods(after)} - {*pods(before)} == {"Deployment/chat-qwen3-1-5b"}
@@ -189,6 +207,7 @@ def test_what_commands_name_is_there(walk: Walk) -> None:
     known = {name_of(m) for state in walk.applied("mine") for m in state}
     known |= {name_of(m) for call in walk.calls for m in call.stdin}
     labels = {f"{k}={v}" for state in walk.applied("mine") for m in state for k, v in m["metadata"]["labels"].items()}
+    known |= {"Service/postgres-rw"}  # CloudNativePG's, of its Cluster `postgres`
     # And those by which policies know what operators make
     policies = [m for state in walk.applied("mine") for m in of_kind(state, "NetworkPolicy")]
     labels |= {f"{k}={v}" for m in policies for k, v in m["spec"]["podSelector"].get("matchLabels", {}).items()}

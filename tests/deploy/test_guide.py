@@ -314,6 +314,25 @@ def test_operators_are_those_that_the_schemas_and_policies_are_of(walk: Walk) ->
             assert name in {*named, "kube-system"}, f"{name_of(policy)}: nothing is installed into {name}"
 
 
+def test_what_has_no_version_is_said_to_have_none(walk: Walk) -> None:
+    sentence = re.sub(r"\s+", " ", GUIDE.read_text()).partition("Not pinned")[2].partition(";")[0]
+    charts = [call.argv[3].rpartition("/")[2] for call in walk.of("helm", "install") if not call.option("--version")]
+    charts += [url.split("/")[4] for call in walk.of("kubectl") if "/latest/" in (url := call.option("-f"))]
+    assert charts
+    assert set(re.findall(r"`([^`]+)`", sentence)) == set(charts)
+
+
+def test_what_happens_without_prometheus_is_said_as_it_is() -> None:
+    files = sorted((K8S / "components" / "scaling").glob("*-*.yaml"))
+    (chat, _), (embedding, least) = (
+        (scaled["spec"]["fallback"]["replicas"], scaled["spec"]["minReplicaCount"])
+        for file in files
+        for scaled in _parsed(file.read_text())
+    )
+    assert f"`fallback.replicas` ({chat} of chat, {embedding} of embedding)" in GUIDE.read_text()
+    assert least == 0, "else it need not be woken by hand"
+
+
 def test_each_component_that_one_may_add_is_named() -> None:
     offered = {path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml")} - {"gpu", "one-node"}
     for name in offered:

@@ -30,7 +30,7 @@ async def metrics(request: Request) -> Response:
     registry: Registry = request.app.state.registry
     models = [model.id for model in registry.models]
     queues, database = await asyncio.gather(_queues(dispatcher, models), request.app.state.store.answers())
-    families = [*queues, *_workers(dispatcher, registry), _busy(dispatcher, models)]
+    families = [*queues, *_workers(dispatcher, registry), *_busy(dispatcher, models)]
     families += _connected(dispatcher.connected, database)
     _tell_queued(dispatcher, models)
     return Response(_counted() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
@@ -101,13 +101,18 @@ def _tell_queued(dispatcher: Dispatcher, models: list[str]) -> None:
         core_metrics.requests_waiting.labels(model).set(counts[model])
 
 
-def _busy(dispatcher: Dispatcher, models: list[str]) -> GaugeMetricFamily:
-    """Said of every model, of those without a worker too: whoever scales by it must tell nothing from no answer."""
+def _busy(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
+    """Said of every model, of those without a worker too: whoever scales by it must tell nothing from no answer.
+
+    Not said while the broker is not there: workers are not heard then, and a 0 would send them home.
+    """
+    if not dispatcher.connected:
+        return []
     busy = GaugeMetricFamily("qwen3_workers_busy", "Jobs in the ready workers' hands, in workers", labels=["model"])
     ready = [worker for worker in dispatcher.fleet.workers() if worker.ready and worker.slots]
     for model in models:
         busy.add_metric([model], sum(worker.running / worker.slots for worker in ready if worker.model == model))
-    return busy
+    return [busy]
 
 
 def _connected(broker: bool, database: bool) -> list[GaugeMetricFamily]:

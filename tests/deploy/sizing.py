@@ -1,5 +1,6 @@
 """The arithmetic of deploy/SIZING.md: each of its tables, made anew from the figures it is counted with."""
 
+import inspect
 import json
 import math
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from benchmarks import scaling
 from benchmarks.autoscaler import read
 from server.core.settings import Settings
+from server.db.pool import make_pool
 from tests.deploy.manifests import ROOT
 
 ASSUMED = scaling.parser().parse_args([])
@@ -32,6 +34,10 @@ PAGE_BYTES, VECTORS_A_PAGE = 8192, 3
 VECTORS_AT_ONCE = 32
 """Chats in the one job of vectors that is on its way (workers/vectors.py)."""
 LOADS = (100, 10_000, 1_000_000)
+LEAST_SERVERS = (1, 2, 2)
+"""`minReplicas` of the overlays that they are for: single-gpu, then multi-gpu."""
+CONNECTIONS = inspect.signature(make_pool).parameters["max_size"].default + 1
+"""To Postgres, of a server process: its pool, and the one that listens."""
 
 
 def result(name: str) -> dict[str, Any]:
@@ -99,10 +105,10 @@ def streams() -> list[str]:
     return told
 
 
-def servers(chats_per_s: float) -> int:
+def servers(chats_per_s: float, least: int = 2) -> int:
     by_cpu = chats_per_s * ASSUMED.answer * SERVER_MS / 1000 / SPARE
     by_streams = in_hand(chats_per_s) / (SPARE * SETTINGS.max_connections)
-    return max(2, math.ceil(by_cpu), math.ceil(by_streams))
+    return max(least, math.ceil(by_cpu), math.ceil(by_streams))
 
 
 def workers(chats_per_s: float) -> int:
@@ -137,7 +143,11 @@ def loads() -> list[str]:
         of("**chat workers**, a GPU each", "λ × g / u, up", [str(workers(rate)) for rate in rates]),
         of("chats in hand", "λ × g × s", [f"{in_hand(rate):,.0f}" for rate in rates]),
         of("GPUs for vectors", "λ × (p + o) / P", [_short(rate * TOKENS / ASSUMED.prompt_rate) for rate in rates]),
-        of("**server processes**", "as below", [str(servers(rate)) for rate in rates]),
+        of(
+            "**server processes**",
+            "as below",
+            [str(servers(rate, least)) for rate, least in zip(rates, LEAST_SERVERS, strict=True)],
+        ),
         of("jobs and records through the broker/s", "2 × λ", [_short(2 * rate) for rate in rates]),
         of("messages of frames/s, at the most", "as below", [f"{frames(rate):,.0f}" for rate in rates]),
         of("**broker**, cores at work", "as below", [_short(broker_cores(rate)) for rate in rates]),

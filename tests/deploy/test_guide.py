@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.manifests import K8S, ROOT, Manifest, kubectl, name_of, of_kind, parse, pods, problems, render
+from tests.deploy.sizing import ASSUMED
 from tests.deploy.test_k8s import SECRETS_BY_HAND, SECRETS_BY_OPERATORS, models_of
 
 GUIDE = ROOT / "deploy" / "README.md"
 
 NOTE = """#!/usr/bin/env bash
-call=$(printf '%s/%03d' "$CALLS" "$(ls "$CALLS" | wc -l)")
-mkdir "$call"
+# One in the background may be called together with the next
+number=$(ls "$CALLS" | wc -l)
+until call=$(printf '%s/%03d' "$CALLS" "$number") && mkdir "$call" 2>/dev/null; do number=$((number + 1)); done
 printf '%s\\n' "$(basename "$0")" "$@" >"$call/argv"
 for argument; do
   if [ "${before:-}" = -k ] || [ "${before:-}" = kustomize ]; then
@@ -102,11 +104,20 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     (programs / "less").chmod(0o755)
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), "RENDERED": str(rendered)}
     environment["REAL_KUBECTL"] = kubectl()
-    script = "set -euo pipefail\n" + "\nwait\n".join(blocks())
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    # A laptop is a cluster of its own: what it takes stands in one block, for a shell that has seen none of the others
+    (laptop,) = (block for block in blocks() if block.startswith("kind create cluster"))
+    for part in ([block for block in blocks() if block != laptop], [laptop]):
+        script = "set -euo pipefail\n" + "\nwait\n".join(part)
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
     noted = []
     for call in sorted(calls.iterdir()):
         made = Call((call / "argv").read_text().splitlines())
@@ -139,6 +150,23 @@ def test_the_first_overlay_is_ones_own(walk: Walk) -> None:
     assert of_kind(first, "PersistentVolumeClaim")[0]["spec"]["storageClassName"] == "shared"
 
 
+def test_a_store_at_another_port_may_be_reached(tmp_path: Path) -> None:
+    # Given the patch that stands there as a comment
+    text = GUIDE.read_text()
+    begin = text.index("# - target: {kind: NetworkPolicy")
+    lines = [line[2:] for line in text[begin:].splitlines()[:3]]
+    overlay = K8S / "overlays" / "single-gpu"
+    head = ["namespace: qwen3", "resources:", f"  - {os.path.relpath(overlay, tmp_path)}", "patches:"]
+    (tmp_path / "kustomization.yaml").write_text("\n".join([*head, *lines]))
+    # Then it opens that port beside the others
+    manifests = render(tmp_path)
+    assert problems(manifests, tmp_path) == []
+    (policy,) = (m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "database")
+    *_, out = policy["spec"]["egress"]
+    assert "to" not in out
+    assert [port["port"] for port in out["ports"]] == [443, 6443, 9000]
+
+
 def test_another_model_is_served_and_restarts_no_engine(walk: Walk, tmp_path: Path) -> None:
     before, after, _ = walk.applied("mine")
     assert {*pods(after)} - {*pods(before)} == {"Deployment/chat-qwen3-1-5b"}
@@ -148,6 +176,7 @@ def test_another_model_is_served_and_restarts_no_engine(walk: Walk, tmp_path: Pa
     made = pods(after)["Deployment/chat-qwen3-1-5b"]
     assert made["spec"]["priorityClassName"] == "qwen3-batch"
     (spec,) = models_of(made, after, tmp_path).models
+    assert spec.engine["max_num_seqs"] == ASSUMED.slots, "as scaling and sizing count"
     assert spec in models_of(pods(after)["Deployment/server"], after, tmp_path).models
     assert spec in models_of(pods(after)["Job/download"], after, tmp_path).models
 
@@ -178,6 +207,10 @@ def test_what_commands_name_is_there(walk: Walk) -> None:
     known = {name_of(m) for state in walk.applied("mine") for m in state}
     known |= {name_of(m) for call in walk.calls for m in call.stdin}
     labels = {f"{k}={v}" for state in walk.applied("mine") for m in state for k, v in m["metadata"]["labels"].items()}
+    known |= {"Service/postgres-rw"}  # CloudNativePG's, of its Cluster `postgres`
+    # And those by which policies know what operators make
+    policies = [m for state in walk.applied("mine") for m in of_kind(state, "NetworkPolicy")]
+    labels |= {f"{k}={v}" for m in policies for k, v in m["spec"]["podSelector"].get("matchLabels", {}).items()}
     namespaces = {"qwen3", "cert-manager", "rabbitmq-system", "cnpg-system", "nginx-ingress", "monitoring"}
     checked = 0
     for argv in _kubectls(walk):
@@ -199,6 +232,33 @@ def test_each_deployment_is_waited_for(walk: Walk) -> None:
     assert deployments <= waited
     assert deployments <= undone
     assert waited & {f"deployment/{m['metadata']['name']}" for m in of_kind(walk.applied("mine")[1], "Deployment")}
+
+
+def test_a_laptop_is_told_everything(walk: Walk) -> None:
+    calls = walk.calls[walk.calls.index(walk.of("kind", "create")[0]) :]
+    texts = [shlex.join(call.argv) for call in calls]
+
+    def first(*words: str) -> int:
+        return next(index for index, text in enumerate(texts) if all(word in text for word in words))
+
+    order = [
+        *(first("apply", operator) for operator in ("cluster-operator", "cnpg-1")),
+        *(first(f"-n {space} wait") for space in ("rabbitmq-system", "cnpg-system")),
+        first("apply", "qwen3/phase=stores"),
+        first("create secret generic api-keys"),
+        *(first("wait", store) for store in ("rabbitmqcluster/rabbitmq", "cluster.postgresql.cnpg.io/postgres")),
+        first("apply", "qwen3/phase=jobs"),
+        *(first("wait", job) for job in ("job/migrate", "job/download")),
+        next(i for i, text in enumerate(texts) if text.endswith("apply -k deploy/k8s/overlays/cpu-dev")),
+        first("rollout status", "deployment/server"),
+        first("rollout status", "deployment/archive"),
+    ]
+    assert order == sorted(order)
+    for deployment in of_kind(render(K8S / "overlays" / "cpu-dev"), "Deployment"):
+        assert any(f"rollout status deployment/{deployment['metadata']['name']}" in text for text in texts)
+    # And the key that is asked with is the one that was made
+    (made,) = re.findall(r"api-keys=(qk-\w{64})", texts[order[5]])
+    assert f"Authorization: Bearer {made}" in texts[first("curl", "/chat")]
 
 
 def test_each_secret_is_made(walk: Walk) -> None:
@@ -246,12 +306,31 @@ def test_operators_are_those_that_the_schemas_and_policies_are_of(walk: Walk) ->
         ("CloudNativePG", r"/cnpg-([\d.]+)\.yaml"),
         ("Barman Cloud plugin", r"plugin-barman-cloud/releases/download/v([\d.]+)/"),
     ):
-        (version,) = re.findall(url, urls)
+        (version,) = set(re.findall(url, urls))
         assert f"{operator} {version} " in schemas
     named = {call.option("--namespace", "-n") for call in walk.calls}
     for policy in of_kind(walk.applied("mine")[0], "NetworkPolicy"):
         for name in re.findall(r"'kubernetes.io/metadata.name': '([^']+)'", str(policy)):
             assert name in {*named, "kube-system"}, f"{name_of(policy)}: nothing is installed into {name}"
+
+
+def test_what_has_no_version_is_said_to_have_none(walk: Walk) -> None:
+    sentence = re.sub(r"\s+", " ", GUIDE.read_text()).partition("Not pinned")[2].partition(";")[0]
+    charts = [call.argv[3].rpartition("/")[2] for call in walk.of("helm", "install") if not call.option("--version")]
+    charts += [url.split("/")[4] for call in walk.of("kubectl") if "/latest/" in (url := call.option("-f"))]
+    assert charts
+    assert set(re.findall(r"`([^`]+)`", sentence)) == set(charts)
+
+
+def test_what_happens_without_prometheus_is_said_as_it_is() -> None:
+    files = sorted((K8S / "components" / "scaling").glob("*-*.yaml"))
+    (chat, _), (embedding, least) = (
+        (scaled["spec"]["fallback"]["replicas"], scaled["spec"]["minReplicaCount"])
+        for file in files
+        for scaled in _parsed(file.read_text())
+    )
+    assert f"`fallback.replicas` ({chat} of chat, {embedding} of embedding)" in GUIDE.read_text()
+    assert least == 0, "else it need not be woken by hand"
 
 
 def test_each_component_that_one_may_add_is_named() -> None:

@@ -16,6 +16,7 @@ from server.app import create_app
 from server.core.registry import ModelSpec, Registry, load_registry
 from server.core.settings import SECRETS, Settings
 from server.db.pool import make_pool
+from tests.deploy.dockerfile import stages
 from tests.deploy.manifests import (
     K8S,
     ROOT,
@@ -102,7 +103,10 @@ def bytes_of(amount: str) -> float:
 
 
 def test_the_overlays_are_those_that_are_promised() -> None:
-    assert [path.name for path in overlays()] == ["cpu-dev", "multi-gpu", "single-gpu"]
+    guide = (ROOT / "deploy" / "README.md").read_text()
+    assert set(re.findall(r"\(k8s/overlays/([\w-]+)/kustomization.yaml\)", guide)) == {path.name for path in overlays()}
+    # What the guide has its reader make is the reader's
+    assert "deploy/k8s/overlays/mine/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_a_cluster_would_take_it(manifests: list[Manifest], tmp_path: Path) -> None:
@@ -312,6 +316,23 @@ def test_each_container_may_do_as_little_as_it_can(manifests: list[Manifest]) ->
             assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], f"{name}: may fill its machine"
 
 
+def test_where_images_write_is_mounted(manifests: list[Manifest]) -> None:
+    built = stages()
+    for name, _, container in all_containers(manifests):
+        image = container["image"].rpartition("/")[2].partition(":")[0]
+        own = settings_of(container, manifests)
+        paths = {k: own.get(k, v) for k, v in built[image].environment.items() if v.startswith("/")}
+        # What lies in /opt is the image's own
+        paths = {k: path for k, path in paths.items() if not path.startswith("/opt/")}
+        assert "HOME" in paths, name
+        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+        for variable, path in paths.items():
+            around = [mount for at, mount in mounts.items() if path == at or path.startswith(f"{at}/")]
+            assert around, f"{name}: {variable} is {path}, where nothing is mounted"
+            read_only = around[0].get("readOnly", False)
+            assert read_only == (variable == "HF_HUB_CACHE" and name != "Job/download, download"), f"{name}: {path}"
+
+
 def test_nothing_is_cut_off_that_may_still_be_answered(manifests: list[Manifest]) -> None:
     for name, pod, container in all_containers(manifests):
         if not name.startswith("Deployment/"):
@@ -418,6 +439,7 @@ def test_the_stores_outlive_a_machine_where_there_are_several(overlay: Path, man
     copies = 3 if overlay.name == "multi-gpu" else 1
     assert broker["spec"]["replicas"] == database["spec"]["instances"] == copies
     assert ("synchronous" in database["spec"]["postgresql"]) == (copies > 1), "it would wait for ever for another"
+    assert database["spec"].get("enablePDB", True) == (copies > 1), "of one instance it would never let go"
     assert claim["spec"]["accessModes"] == ["ReadWriteMany" if copies > 1 else "ReadWriteOnce"]
     assert bool(of_kind(manifests, "ScheduledBackup")) == (overlay.name != "cpu-dev")
 

@@ -5,6 +5,8 @@ tests/e2e/test_seeing.py has a real Prometheus read a real stack with them.
 
 import re
 import subprocess
+import sys
+import textwrap
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
+from server.core import topology
+from server.core.registry import load_registry
 from tests.deploy.manifests import K8S, TOOLS, name_of, of_kind, render, schemas, tool
 from tests.seeing import (
     GRAFANA,
@@ -96,6 +100,38 @@ def test_the_runbook_leads_somewhere() -> None:
             assert f"\n## {target[1:]}\n" in RUNBOOK.lower(), target
         else:
             assert (PROMETHEUS / target).exists(), target
+
+
+def test_queues_are_called_what_they_are_called() -> None:
+    models = [model.id for model in load_registry(ROOT / "models.yaml").models]
+    known = {*topology.ARGUMENTS, *(name for model in models for name in topology.jobs_queues(model, 1))}
+    texts = [RUNBOOK, *(path.read_text() for path in (RULES, ROOT / "deploy" / "README.md", *GRAFANA.glob("*.json")))]
+    named = [name for text in texts for name in re.findall(r"queue `([^`]+)`|purge_queue ([\w.]+)", text)]
+    named += re.findall(r'basic_get\("([^"]+)"()\)', RUNBOOK)
+    assert len(named) > 6
+    assert {first or second for first, second in named} <= known
+
+
+def test_the_runbook_shows_the_dead_and_takes_none(tmp_path: Path) -> None:
+    # Given a broker with one message in that queue
+    fake = """
+        class URLParameters(str): pass
+        class BlockingConnection:
+            def __init__(self, url): print(url); self.left = ["body"]
+            def channel(self): self.connection = self; return self
+            def close(self): print("closed")
+            def basic_get(self, queue):
+                if not self.left: return None, None, None
+                return 1, type("Properties", (), {"headers": {"x-death": 1}}), self.left.pop().encode()
+    """
+    (tmp_path / "pika.py").write_text(textwrap.dedent(fake))
+    (tmp_path / "url").write_text("amqp://somewhere\n")
+    # When the program is run as it is in a server's container
+    (program,) = re.findall(r"<<'EOF'\n(.*?)^EOF$", RUNBOOK, re.MULTILINE | re.DOTALL)
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "AMQP_URL_FILE": str(tmp_path / "url")}
+    done = subprocess.run([sys.executable, "-"], input=program, env=environment, capture_output=True, text=True)
+    # Then it shows what there is, and acknowledges nothing
+    assert done.stdout.splitlines() == ["amqp://somewhere", "{'x-death': 1} body", "closed"], done.stderr
 
 
 def test_each_expression_of_a_dashboard_is_one(tmp_path: Path) -> None:

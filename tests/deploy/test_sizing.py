@@ -3,12 +3,13 @@
 import re
 
 import pytest
+import yaml
 
 from benchmarks.autoscaler import read
 from server.core.prompt_tokens import BYTES_A_TOKEN
 from server.core.registry import load_registry
 from tests.deploy import sizing
-from tests.deploy.manifests import K8S, ROOT
+from tests.deploy.manifests import K8S, ROOT, of_kind, pods, render
 from workers.vectors import BATCH
 
 TEXT = (ROOT / "deploy" / "SIZING.md").read_text()
@@ -29,10 +30,19 @@ def test_the_constants_are_the_services() -> None:
     assert sizing.PAGE_BYTES // (vectors.dimensions * 2 + 40) == sizing.VECTORS_A_PAGE
 
 
+def test_models_answer_as_many_at_once_as_is_counted_with() -> None:
+    entries = yaml.safe_load((ROOT / "models.yaml").read_text())["models"]
+    # Those that are not enabled too: vLLM's own number depends on the GPU
+    slots = {each["id"]: each["engine"].get("max_num_seqs") for each in entries if each["type"] == "chat"}
+    assert len(slots) > 1
+    assert set(slots.values()) == {sizing.ASSUMED.slots}
+
+
 def test_what_is_said_beside_the_tables_is_counted_as_well() -> None:
     said = re.sub(r"\s+", " ", TEXT)
     rates = [load / 3600 for load in sizing.LOADS]
     most = sizing.POLICY.max_replicas
+    servers = [sizing.servers(rate, least) for rate, least in zip(rates, sizing.LEAST_SERVERS, strict=True)]
     for sentence in (
         f"112 for chat, {round(rates[2] * sizing.TOKENS / sizing.ASSUMED.prompt_rate)} for vectors",
         f"{sizing.workers(rates[2])} for chat",
@@ -42,9 +52,24 @@ def test_what_is_said_beside_the_tables_is_counted_as_well() -> None:
         f"{sizing.workers(rates[2])} workers to {sizing.servers(rates[2])} servers: {sizing.frames(rates[2]):,.0f} mes",
         f"{sizing.LOADS[1] * 24 * 30 * sizing.CHAT_BYTES / 2**30:,.0f} GiB of disk for a month",
         f"{sizing.LOADS[2] * 24 * 30 * sizing.CHAT_BYTES / 2**40:.1f} TiB for a month",
+        f"connections to Postgres: {sizing.CONNECTIONS} a server process",
+        f"| servers | {' | '.join(f'{count} of a core' for count in servers)} |",
         f"3 nodes of {-(-sizing.broker_cores(rates[2]) // (3 * sizing.SPARE)):.0f} cores",
     ):
         assert sentence in said, sentence
+
+
+@pytest.mark.parametrize(("overlay", "least"), [("single-gpu", 0), ("multi-gpu", 1), ("multi-gpu", 2)])
+def test_servers_are_as_many_and_as_large_as_is_counted_with(overlay: str, least: int) -> None:
+    manifests = render(K8S / "overlays" / overlay)
+    (autoscaler,) = of_kind(manifests, "HorizontalPodAutoscaler")
+    assert autoscaler["spec"]["minReplicas"] == sizing.LEAST_SERVERS[least]
+    assert autoscaler["spec"]["maxReplicas"] >= sizing.servers(sizing.LOADS[least] / 3600, sizing.LEAST_SERVERS[least])
+    # A core each, more of which is to be used than is counted with
+    (server,) = (pod for name, pod in pods(manifests).items() if name == "Deployment/server")
+    assert server["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "1"
+    (metric,) = autoscaler["spec"]["metrics"]
+    assert metric["resource"]["target"]["averageUtilization"] / 100 >= sizing.SPARE
 
 
 def test_the_embedding_models_policy_can_be_read_too() -> None:

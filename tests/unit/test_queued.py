@@ -132,7 +132,8 @@ async def test_lanes_are_told_apart(dispatcher: Dispatcher) -> None:
     assert told("prompt_tokens", "talker", "batch") == 100
 
 
-async def test_the_busy_are_counted_in_workers(dispatcher: Dispatcher) -> None:
+async def test_the_busy_are_counted_in_workers(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dispatcher, "connected", True)
     # Given two workers of 64 slots, one that drains, and one that is of another version and tells no slots
     hear(dispatcher, "chat-1", running=16, slots=64)
     hear(dispatcher, "chat-2", running=64, slots=64)
@@ -140,5 +141,13 @@ async def test_the_busy_are_counted_in_workers(dispatcher: Dispatcher) -> None:
     draining = Status("chat-4", "chat", "talker", ready=False, running=64, slots=64)
     dispatcher.fleet._seen["chat-4"] = (time.monotonic(), draining)
     # Then the first two count by what they do, and of a model without a worker there is a zero
-    samples = exporter._busy(dispatcher, MODELS).samples
-    assert {sample.labels["model"]: sample.value for sample in samples} == {"talker": 1.25, "seer": 0}
+    (family,) = exporter._busy(dispatcher, MODELS)
+    assert {sample.labels["model"]: sample.value for sample in family.samples} == {"talker": 1.25, "seer": 0}
+
+
+async def test_the_busy_are_not_told_of_while_nobody_hears_them(dispatcher: Dispatcher) -> None:
+    # Given a broker that is away, and workers that were heard before
+    hear(dispatcher, "chat-1", running=16, slots=64)
+    assert not dispatcher.connected
+    # Then nothing is said, which is no zero
+    assert exporter._busy(dispatcher, MODELS) == []

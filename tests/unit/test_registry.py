@@ -56,6 +56,7 @@ def test_the_projects_own_file_loads() -> None:
     # And the chat model's reasoning and tool calls are parsed, on a part of a GPU
     assert registry.models[0].engine == {
         "gpu_memory_utilization": 0.7,
+        "max_num_seqs": 64,
         "reasoning_parser": "qwen3",
         "tool_call_parser": "hermes",
         "enable_auto_tool_choice": True,

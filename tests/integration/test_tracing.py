@@ -98,7 +98,7 @@ async def test_a_chat_is_one_trace_from_http_to_its_vector(
     await traced.run("embedding", "workers", "embedding", "--model", VECTORS, **receiver.environment)
     trace_id, client_span, header = trace()
     # When it has a chat streamed
-    body = chat(stream=True, temperature=0.5, seed=7, stop=["recipe"], user="ada")
+    body = chat(stream=True, temperature=0.5, seed=7, stop=["recipe"], user="nobody-knows-this-user")
     answer = await client.post(ROUTE, json=body, headers=header | {"X-Session-Id": "a-session"})
     assert ANSWERED * 3 in "".join(re.findall(r'"content":"(\w*)"', answer.text))
     request_id = answer.headers["x-request-id"]
@@ -189,7 +189,7 @@ async def test_a_chat_is_one_trace_from_http_to_its_vector(
     }
     # And what was said, who said it with which key, and what came of it is nowhere
     sent = b"".join(receiver.bodies)
-    for secret in (SAID, "recipe", ANSWERED, traced.key, traced.key[3:], "ada"):
+    for secret in (SAID, "recipe", ANSWERED, traced.key, traced.key[3:], "nobody-knows-this-user"):
         assert secret.encode() not in sent
     # And the headers for the collector were sent by the process that was told them
     assert "ours" in [headers.get("x-tenant") for headers in receiver.headers]

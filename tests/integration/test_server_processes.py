@@ -185,6 +185,12 @@ async def test_a_process_that_dies_is_started_again_and_nobody_is_turned_away(
         assert samples['qwen3_requests_total{endpoint="/models",model="",status="200"}'] == 20
 
 
+def taken(process: psutil.Process, port: int) -> int:
+    """Connections to this port that a process has accepted; others wait in the socket that the processes share."""
+    found = process.net_connections(kind="tcp")
+    return sum(one.laddr.port == port and one.status == psutil.CONN_ESTABLISHED for one in found)
+
+
 async def test_sigterm_drains_every_process(environment: dict[str, str], key: str) -> None:
     async with served(environment, SERVER_WORKERS="2", DRAIN_TIMEOUT_S="10") as server:
         children = server.children()
@@ -195,6 +201,9 @@ async def test_sigterm_drains_every_process(environment: dict[str, str], key: st
         for _, writer in open_:
             writer.write(head.encode())
             await writer.drain()
+        async with asyncio.timeout(10):
+            while sum(taken(child, server.port) for child in children) < len(open_):
+                await asyncio.sleep(0.1)
         await asyncio.sleep(0.5)
         # When the service is asked to stop, and then the bodies come
         server.process.terminate()

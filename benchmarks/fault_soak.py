@@ -283,14 +283,13 @@ def explain(trial: Trial, kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ids = {one.request_id for one in trial.asked}
     strangers = [request_id for request_id in kept if request_id not in ids]
     for one in trial.asked:
-        if not trial.expected.get(one.question, "").startswith(one.text):
+        expected = trial.expected.get(one.question, "")
+        if one.text != (expected if one.outcome == "answered" else expected[: len(one.text)]):
             garbled.append(one.text)
         if one.outcome in ("left", "stopped") and one.request_id not in kept:
             unbilled.append(one.request_id)
         if one.outcome != "answered":
             continue
-        if one.text != trial.expected[one.question]:
-            garbled.append(one.text)
         record = kept.get(one.request_id)
         if record is None:
             lost.append(one.request_id)

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.core import watchdog
+from server.core.watchdog import SILENT_S
 
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h: the signal a process gets when its parent dies."""
-
-HUNG_S = 20.0
-"""A child that has said each second that its loop turns, and has not for this long, hangs. Blocked for shorter it was
-seen while a library loads; the broker gives up on it after as long, and hands its jobs to others."""
 
 
 @dataclass(slots=True)
@@ -58,7 +55,7 @@ class Child:
                 now = time.monotonic()
                 if self.ear is not None and self.ear.heard():
                     heard_at = now
-                elif heard_at is not None and now - heard_at > HUNG_S and not ending.done():
+                elif heard_at is not None and now - heard_at > SILENT_S and not ending.done():
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(self.process.pid, signal.SIGKILL)
             return ending.result()

@@ -16,9 +16,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from server.core.http import HttpServer
+from server.core.watchdog import SILENT_S
 
-SILENT_S = 20.0
-"""Without a beat for this long, a worker hangs; `up` grants as much (server/process.py)."""
 HUNG_S = 30.0
 """A model that hangs is ended by its worker long before (workers/base.py); one still there now did not end, as happens
 to a process that waits for its device."""

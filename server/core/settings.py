@@ -147,7 +147,7 @@ class Settings(BaseSettings):
     @field_validator("cors_allowed_origins")
     @classmethod
     def _as_browsers_say(cls, value: str) -> str:
-        for origin in filter(None, (part.strip() for part in value.split(","))):
+        for origin in _listed(value):
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin!r} is no origin, such as https://chat.example.com")
         return value
@@ -162,16 +162,16 @@ class Settings(BaseSettings):
 
     @property
     def cors_origins(self) -> list[str]:
-        return [origin.strip() for origin in self.cors_allowed_origins.split(",") if origin.strip()]
+        return _listed(self.cors_allowed_origins)
 
     @property
     def media_domains(self) -> list[str]:
-        return [host.strip().lower() for host in self.allowed_media_domains.split(",") if host.strip()]
+        return _listed(self.allowed_media_domains.lower())
 
     @property
     def on_demand(self) -> frozenset[str]:
         """`start_on_demand` as ids."""
-        return frozenset(filter(None, (id_.strip() for id_ in self.start_on_demand.split(","))))
+        return frozenset(_listed(self.start_on_demand))
 
     @property
     def traces_endpoint(self) -> str:
@@ -193,7 +193,12 @@ class Settings(BaseSettings):
 
     @property
     def api_keys(self) -> list[str]:
-        return [key.strip() for key in self.api_key.split(",") if key.strip()]
+        return _listed(self.api_key)
+
+
+def _listed(text: str) -> list[str]:
+    """What commas separate; empty parts and the spaces around each are none of it."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _secret(name: str, path: Path) -> str:

@@ -13,6 +13,10 @@ import socket
 VARIABLE = "NOTIFY_SOCKET"
 BEAT = b"WATCHDOG=1"
 
+SILENT_S = 20.0
+"""A process that has said each second that its loop turns, and has not for this long, hangs. Blocked for shorter one
+was seen while a library loads; the broker gives up on it after as long, and hands its jobs to others."""
+
 
 def beat() -> None:
     """Say it, if anybody listens."""

@@ -7,7 +7,7 @@ import time
 import httpx
 import psutil
 
-from server.process import HUNG_S
+from server.core.watchdog import SILENT_S
 from tests.faults.rig import until
 from tests.processes import marked
 from tests.stack import Stack, say
@@ -48,7 +48,7 @@ async def test_a_worker_that_freezes_under_up(stack: Stack) -> None:
         await until(named, timeout_s=15)
         assert time.monotonic() - at < 15
         # And it is ended, with its engine, and started again
-        await until(lambda: not worker.is_running(), timeout_s=HUNG_S + 15)
+        await until(lambda: not worker.is_running(), timeout_s=SILENT_S + 15)
 
         async def healthy() -> bool:
             return (await client.get("/health")).status_code == 200

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.test_server_processes import Server, eventually, key, served
+from tests.integration.test_server_processes import Server, environment_of, eventually, key, served
 from tests.stack import PROJECT
 
 __all__ = ["key"]  # a fixture
@@ -28,15 +28,7 @@ SLOTS = 4
 
 @pytest.fixture
 def environment(tmp_path: Path, amqp_url: str, database_url: str) -> dict[str, str]:
-    (tmp_path / "models.yaml").write_text(MODELS)
-    return {
-        **os.environ,
-        "MODELS_FILE": str(tmp_path / "models.yaml"),
-        "AMQP_URL": amqp_url,
-        "DATABASE_URL": database_url,
-        "RATE_LIMIT_PER_MINUTE": "0",
-        "START_ON_DEMAND": MODEL,
-    }
+    return environment_of(tmp_path, MODELS, amqp_url, database_url) | {"START_ON_DEMAND": MODEL}
 
 
 @asynccontextmanager

@@ -60,16 +60,21 @@ async def eventually(check: Any, timeout_s: float = 30.0) -> None:
         await asyncio.sleep(0.05)
 
 
-@pytest.fixture
-def environment(tmp_path: Path, amqp_url: str, database_url: str) -> dict[str, str]:
-    (tmp_path / "models.yaml").write_text(MODELS)
+def environment_of(folder: Path, models: str, amqp_url: str, database_url: str) -> dict[str, str]:
+    """Of a server with these models, whose models.yaml is put into the folder."""
+    (folder / "models.yaml").write_text(models)
     return {
         **os.environ,
-        "MODELS_FILE": str(tmp_path / "models.yaml"),
+        "MODELS_FILE": str(folder / "models.yaml"),
         "AMQP_URL": amqp_url,
         "DATABASE_URL": database_url,
         "RATE_LIMIT_PER_MINUTE": "0",
     }
+
+
+@pytest.fixture
+def environment(tmp_path: Path, amqp_url: str, database_url: str) -> dict[str, str]:
+    return environment_of(tmp_path, MODELS, amqp_url, database_url)
 
 
 @asynccontextmanager

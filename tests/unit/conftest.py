@@ -1,6 +1,7 @@
 """What several of these tests need: a process without the caller's settings, and models.yaml files."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,14 @@ def write_models(tmp_path: Path) -> WriteModels:
         return path
 
     return write
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """Undoes what a test has configured."""
+    root = logging.getLogger()
+    handlers, level, pika = root.handlers[:], root.level, logging.getLogger("pika").level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("pika").setLevel(pika)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,17 +10,7 @@ from server.core.logging import configure
 KEY = "qk-" + "aB3_-" * 8
 
 
-@pytest.fixture
-def as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level, pika = root.handlers[:], root.level, logging.getLogger("pika").level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("pika").setLevel(pika)
-
-
-@pytest.mark.usefixtures("as_it_was")
+@pytest.mark.usefixtures("logging_as_it_was")
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from server.core.watchdog import SILENT_S
 from workers import probe as probe_module
-from workers.probe import HUNG_S, SILENT_S, Probe
+from workers.probe import HUNG_S, Probe
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ async def test_a_watched_child_that_falls_silent_is_ended(
     log: Path, monkeypatch: pytest.MonkeyPatch, beats: int, hangs: bool
 ) -> None:
     # Given a child that says for a while that it lives; one that never did may still be loading
-    monkeypatch.setattr(process_module, "HUNG_S", 3.0)
+    monkeypatch.setattr(process_module, "SILENT_S", 3.0)
     argv = [sys.executable, "-c", BEATS, str(beats)]
     child = await start("child", argv, {"PYTHONPATH": str(PROJECT)}, log, watched=True)
     try:

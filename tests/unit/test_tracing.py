@@ -256,16 +256,6 @@ def test_the_current_span_is_that_of_the_innermost_block(made: Made) -> None:
     assert tracing.current() is NOTHING
 
 
-@pytest.fixture
-def logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level, pika = root.handlers[:], root.level, logging.getLogger("pika").level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("pika").setLevel(pika)
-
-
 @pytest.mark.usefixtures("made", "logging_as_it_was")
 def test_a_log_line_names_the_span_it_is_of(capsys: pytest.CaptureFixture[str]) -> None:
     configure("INFO", "test")

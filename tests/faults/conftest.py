@@ -13,6 +13,14 @@ MOST_RIGS = 100
 """Tests that share the stores."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes run the tests, each takes whole files, and one all that need an engine, at once."""
+    engine = [item for item in items if {"stack", "weights"} & set(getattr(item, "fixturenames", ()))]
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("engine" if item in engine else item.path.name))
+    items.sort(key=lambda item: item not in engine)
+
+
 @pytest.fixture(scope="session")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stores]:
     """Broker and database of all tests that do nothing to these."""

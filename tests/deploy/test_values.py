@@ -207,6 +207,15 @@ def test_a_new_database_has_the_extension_that_the_tables_need(manifests: list[M
     assert set(database["spec"]["bootstrap"]["initdb"]["postInitApplicationSQL"]) == needed
 
 
+NEWER = {
+    f"quorum_queue.continuous_membership_reconciliation.{name}"
+    for name in ("enabled", "auto_remove", "interval", "trigger_interval", "target_group_size")
+}
+"""In deps/rabbit/priv/schema of RabbitMQ 4.3.4, and not yet in a RabbitMQ that may be installed here."""
+IDLE = {"cluster_partition_handling"}
+"""Still taken there, and without effect: 4.3 keeps its metadata in Khepri alone, which needs a majority anyway."""
+
+
 @functools.cache
 def keys_of_rabbitmq() -> dict[str, list[str]]:
     """What its rabbitmq.conf may have, by its own schema, with the values of those that are a choice."""
@@ -226,5 +235,5 @@ def test_rabbitmq_knows_its_settings(manifests: list[Manifest]) -> None:
     for text in (broker["spec"]["rabbitmq"]["additionalConfig"], (K8S.parent / "docker" / "broker.conf").read_text()):
         for line in (line for line in text.splitlines() if line and not line.startswith("#")):
             key, value = line.split(" = ")
-            assert key in known, line
-            assert not known[key] or value in known[key], line
+            assert key in {*known, *NEWER} - IDLE, line
+            assert not known.get(key) or value in known[key], line

@@ -48,6 +48,12 @@ WRONG: list[tuple[Callable[..., None], str, str, Any]] = [
         "spec.ingressClassName",
         "ngnix",
     ),
+    (
+        values.test_the_ingress_says_nothing_that_is_passed_over,
+        "Ingress/server",
+        "metadata.annotations",
+        {"nginx.org/hstss": "True"},
+    ),
     (values.test_backups_are_asked_for_from_who_makes_them, "Cluster/postgres", "spec.plugins.0.name", "barman"),
     (values.test_backups_are_asked_for_from_who_makes_them, "ScheduledBackup/nightly", "spec.schedule", "0 0 25 * * *"),
     (

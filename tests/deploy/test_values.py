@@ -142,6 +142,20 @@ def test_the_ingress_has_a_certificate_for_its_host_and_somebody_who_serves_it(m
     assert ingress["spec"]["ingressClassName"] == "nginx"
 
 
+ANNOTATIONS = {
+    *(f"nginx.org/{name}" for name in ("proxy-buffering", "proxy-read-timeout", "proxy-send-timeout")),
+    *(f"nginx.org/{name}" for name in ("client-max-body-size", "hsts")),
+    *(f"nginx.ingress.kubernetes.io/proxy-{name}" for name in ("buffering", "request-buffering", "body-size")),
+    *(f"nginx.ingress.kubernetes.io/proxy-{name}-timeout" for name in ("read", "send")),
+}
+"""By the two controllers' documentation. What they do not know they pass over in silence."""
+
+
+def test_the_ingress_says_nothing_that_is_passed_over(manifests: list[Manifest]) -> None:
+    (ingress,) = of_kind(manifests, "Ingress")
+    assert set(ingress["metadata"]["annotations"]) <= ANNOTATIONS
+
+
 def test_backups_are_asked_for_from_who_makes_them(manifests: list[Manifest]) -> None:
     named = {backup["spec"]["pluginConfiguration"]["name"] for backup in of_kind(manifests, "ScheduledBackup")}
     named |= {

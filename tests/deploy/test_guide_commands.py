@@ -25,7 +25,21 @@ CONDITIONS = {
 }
 """What each kind says of itself once it is there: Kubernetes' own, and those that the operators set."""
 SUBCOMMANDS = {
-    *("apply", "create", "delete", "describe", "diff", "exec", "generic", "get", "kustomize", "logs", "port-forward"),
+    *(
+        "apply",
+        "create",
+        "delete",
+        "deployment",
+        "describe",
+        "diff",
+        "exec",
+        "expose",
+        "generic",
+        "get",
+        "kustomize",
+        "logs",
+        "port-forward",
+    ),
     *("restart", "rollout", "scale", "secret", "status", "tls", "undo", "wait"),
 }
 
@@ -85,7 +99,10 @@ def _options(*words: str) -> frozenset[str]:
 def test_the_port_that_is_forwarded_is_the_services(walk: Walk) -> None:
     (service,) = of_kind(walk.applied("mine")[0], "Service")
     forwarded = {
-        word for call in walk.of("kubectl", "port-forward") for word in call.argv if re.fullmatch(r"\d+:\d+", word)
+        word
+        for call in walk.of("kubectl", "port-forward", "service/server")
+        for word in call.argv
+        if re.fullmatch(r"\d+:\d+", word)
     }
     assert {int(ports.partition(":")[2]) for ports in forwarded} == {port["port"] for port in service["spec"]["ports"]}
     asked = {match for call in walk.of("curl") for match in re.findall(r"127\.0\.0\.1:(\d+)", shlex.join(call.argv))}

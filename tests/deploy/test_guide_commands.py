@@ -25,22 +25,8 @@ CONDITIONS = {
 }
 """What each kind says of itself once it is there: Kubernetes' own, and those that the operators set."""
 SUBCOMMANDS = {
-    *(
-        "apply",
-        "create",
-        "delete",
-        "deployment",
-        "describe",
-        "diff",
-        "exec",
-        "expose",
-        "generic",
-        "get",
-        "kustomize",
-        "logs",
-        "port-forward",
-    ),
-    *("restart", "rollout", "scale", "secret", "status", "tls", "undo", "wait"),
+    *("apply", "create", "delete", "deployment", "describe", "diff", "exec", "expose", "generic", "get"),
+    *("kustomize", "logs", "port-forward", "restart", "rollout", "scale", "secret", "status", "tls", "undo", "wait"),
 }
 
 

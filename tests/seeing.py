@@ -1,5 +1,6 @@
 """Rules and dashboards as tests read them: their expressions, and the series that those name."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -78,3 +79,11 @@ def targets() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def expressions() -> list[tuple[str, str]]:
     return [(where, plain(target["expr"])) for where, target in targets()]
+
+
+@functools.cache
+def exported() -> dict[str, frozenset[str]]:
+    """The service's metrics and their labels, by the README's table, which a test holds against a running stack."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(qwen3_\w+)` \| [^|]+ \| ([^|]*)\|", text, re.MULTILINE)
+    return {name: frozenset(re.findall(r"\w+", labels)) for name, labels in rows}

@@ -15,6 +15,7 @@ import server.__main__
 import workers.__main__
 from server.core.registry import load_registry
 from server.core.settings import Settings, load_settings
+from server.private import RABBITMQ_PATHS
 from tests.deploy.dockerfile import DOCKERFILE, PROJECT, stages, tool
 
 COMPOSE = PROJECT / "deploy/compose.yaml"
@@ -111,6 +112,35 @@ def test_everything_waits_for_what_it_needs(profile: str) -> None:
     for name, service in services(profile).items():
         if "amqp_url" in secrets_of(service):
             assert service["depends_on"]["broker"]["condition"] == "service_healthy", name
+
+
+@both
+def test_the_stores_are_asked_by_programs_of_theirs(profile: str) -> None:
+    config = services(profile, ours=False)
+    # RabbitMQ's own tool says whether it has this command
+    program, *arguments = config["broker"]["healthcheck"]["test"][1:]
+    command = [str(Path(RABBITMQ_PATHS[0]).with_name(program)), "help", arguments[-1]]
+    assert subprocess.run(command, capture_output=True).returncode == 0, arguments
+    # And Postgres is asked as who it was made for
+    program, *arguments = config["database"]["healthcheck"]["test"][1:]
+    made_for = config["database"]["environment"]
+    assert program == "pg_isready"
+    assert {f"--username={made_for['POSTGRES_USER']}", f"--dbname={made_for['POSTGRES_DB']}"} <= {*arguments}
+
+
+@both
+def test_who_ends_is_started_again(profile: str) -> None:
+    for name, service in services(profile, ours=False).items():
+        assert service["restart"] == ("on-failure:5" if name == "migrate" else "unless-stopped"), name
+
+
+@both
+def test_where_images_write_something_is_mounted(profile: str) -> None:
+    for name, service in services(profile).items():
+        written = {path for path in stages()[service["build"]["target"]].environment.values() if path.startswith("/")}
+        mounted = {volume["target"] for volume in service.get("volumes", [])} | {"/tmp"}
+        for path in (path for path in written if not path.startswith("/opt/")):
+            assert any(path == at or path.startswith(f"{at}/") for at in mounted), f"{name}: {path}"
 
 
 @both

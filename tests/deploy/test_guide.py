@@ -1,131 +1,18 @@
 """deploy/README.md: its commands are run from the first to the last, by a shell, over a copy of deploy/k8s.
 
-There is no cluster here: `kubectl`, `helm` and the like only note how they were called, and what `apply -k` would have
-sent then is rendered. So this checks the shell's part, the files that the guide makes and every name in its commands;
-not what a cluster answers.
+tests/deploy/guide.py says what that checks.
 """
 
-import functools
 import os
 import re
 import shlex
-import shutil
-import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
-from tests.deploy.manifests import K8S, ROOT, Manifest, kubectl, name_of, of_kind, parse, pods, problems, render
+from server.core.settings import Settings
+from tests.deploy.guide import GUIDE, Walk, parsed
+from tests.deploy.manifests import K8S, Manifest, name_of, of_kind, pods, problems, render, settings_of
 from tests.deploy.sizing import ASSUMED
 from tests.deploy.test_k8s import SECRETS_BY_HAND, SECRETS_BY_OPERATORS, models_of
-
-GUIDE = ROOT / "deploy" / "README.md"
-
-NOTE = """#!/usr/bin/env bash
-# One in the background may be called together with the next
-number=$(ls "$CALLS" | wc -l)
-until call=$(printf '%s/%03d' "$CALLS" "$number") && mkdir "$call" 2>/dev/null; do number=$((number + 1)); done
-printf '%s\\n' "$(basename "$0")" "$@" >"$call/argv"
-for argument; do
-  if [ "${before:-}" = -k ] || [ "${before:-}" = kustomize ]; then
-    # The same files are rendered once
-    files=$(cd "${argument%%overlays*}" && find . -type f | LC_ALL=C sort | xargs cksum | cksum | tr ' ' -)
-    made=$RENDERED/$files-${argument##*/}
-    [ -e "$made" ] || "$REAL_KUBECTL" kustomize "$argument" >"$made" || exit 1
-    cp "$made" "$call/rendered.yaml"
-    if [ "$before" = kustomize ]; then cat "$call/rendered.yaml"; fi
-  fi
-  if [ "$argument" = - ] && [ "${before:-}" = -f ]; then cat >"$call/stdin.yaml"; fi
-  before=$argument
-done
-"""
-
-KINDS = {
-    "deployment": "Deployment",
-    "job": "Job",
-    "service": "Service",
-    "rabbitmqcluster": "RabbitmqCluster",
-    "cluster.postgresql.cnpg.io": "Cluster",
-    "backup.postgresql.cnpg.io": "Backup",
-}
-"""What is named as KIND/NAME."""
-
-
-@dataclass
-class Call:
-    argv: list[str]
-    rendered: list[Manifest] = field(default_factory=list)
-    """What `-k` stands for."""
-    stdin: list[Manifest] = field(default_factory=list)
-
-    def option(self, *names: str) -> str:
-        return next((value for name, value in zip(self.argv, self.argv[1:], strict=False) if name in names), "")
-
-
-@dataclass
-class Walk:
-    """The guide, walked through: its calls in order."""
-
-    calls: list[Call]
-
-    def of(self, program: str, *words: str) -> list[Call]:
-        return [c for c in self.calls if c.argv[0] == program and set(words) <= set(c.argv)]
-
-    def applied(self, overlay: str) -> list[list[Manifest]]:
-        """Each different state in which an overlay was applied."""
-        states: list[list[Manifest]] = []
-        for call in self.of("kubectl", "apply"):
-            if call.option("-k").endswith(f"/{overlay}") and call.rendered not in states:
-                states.append(call.rendered)
-        return states
-
-
-def blocks() -> list[str]:
-    return re.findall(r"^```sh\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
-
-
-@functools.cache
-def _parsed(text: str) -> list[Manifest]:
-    return parse(text)
-
-
-@pytest.fixture(scope="module")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    folder = tmp_path_factory.mktemp("guide")
-    shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("mine"))
-    programs, calls, rendered = folder / "bin", folder / "calls", folder / "rendered"
-    for made in (programs, calls, rendered):
-        made.mkdir()
-    for name in ("kubectl", "helm", "docker", "git", "kind", "curl"):
-        (programs / name).write_text(NOTE)
-        (programs / name).chmod(0o755)
-    (programs / "less").write_text("#!/bin/sh\ncat >/dev/null\n")
-    (programs / "less").chmod(0o755)
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), "RENDERED": str(rendered)}
-    environment["REAL_KUBECTL"] = kubectl()
-    # A laptop is a cluster of its own: what it takes stands in one block, for a shell that has seen none of the others
-    (laptop,) = (block for block in blocks() if block.startswith("kind create cluster"))
-    for part in ([block for block in blocks() if block != laptop], [laptop]):
-        script = "set -euo pipefail\n" + "\nwait\n".join(part)
-        done = subprocess.run(
-            ["bash", "-c", script],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-    noted = []
-    for call in sorted(calls.iterdir()):
-        made = Call((call / "argv").read_text().splitlines())
-        for name in ("rendered", "stdin"):
-            if (call / f"{name}.yaml").exists():
-                setattr(made, name, _parsed((call / f"{name}.yaml").read_text()))
-        noted.append(made)
-    return Walk(noted)
 
 
 def test_what_is_applied_would_be_taken(walk: Walk, tmp_path: Path) -> None:
@@ -150,21 +37,37 @@ def test_the_first_overlay_is_ones_own(walk: Walk) -> None:
     assert of_kind(first, "PersistentVolumeClaim")[0]["spec"]["storageClassName"] == "shared"
 
 
+def with_patch(begin: str, folder: Path) -> list[Manifest]:
+    """An overlay on top of another, with a patch of three lines that stands in the guide as a comment."""
+    lines = [line[2:] for line in GUIDE.read_text().partition(begin)[2].splitlines()[1:3]]
+    below = os.path.relpath(K8S / "overlays" / "single-gpu", folder)
+    first = f"- {begin.removeprefix('# - ')}}}"
+    head = ["namespace: qwen3", "resources:", f"  - {below}", "patches:"]
+    (folder / "kustomization.yaml").write_text("\n".join([*head, first, *lines]))
+    manifests = render(folder)
+    assert problems(manifests, folder) == []
+    return manifests
+
+
 def test_a_store_at_another_port_may_be_reached(tmp_path: Path) -> None:
-    # Given the patch that stands there as a comment
-    text = GUIDE.read_text()
-    begin = text.index("# - target: {kind: NetworkPolicy")
-    lines = [line[2:] for line in text[begin:].splitlines()[:3]]
-    overlay = K8S / "overlays" / "single-gpu"
-    head = ["namespace: qwen3", "resources:", f"  - {os.path.relpath(overlay, tmp_path)}", "patches:"]
-    (tmp_path / "kustomization.yaml").write_text("\n".join([*head, *lines]))
-    # Then it opens that port beside the others
-    manifests = render(tmp_path)
-    assert problems(manifests, tmp_path) == []
+    manifests = with_patch("# - target: {kind: NetworkPolicy, name: database", tmp_path)
     (policy,) = (m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "database")
     *_, out = policy["spec"]["egress"]
     assert "to" not in out
     assert [port["port"] for port in out["ports"]] == [443, 6443, 9000]
+
+
+def test_a_setting_may_be_ones_own(tmp_path: Path) -> None:
+    # Given a setting that is not there otherwise
+    manifests = with_patch("# - target: {kind: ConfigMap, name: settings", tmp_path)
+    # Then each process that reads settings has it, under a name that rolls it out
+    before = {name: pod["spec"] for name, pod in pods(render(K8S / "overlays" / "single-gpu")).items()}
+    for name, pod in pods(manifests).items():
+        (container,) = pod["spec"]["containers"]
+        told = settings_of(container, manifests).get("RATE_LIMIT_PER_MINUTE")
+        assert (told == "100") == name.startswith("Deployment/"), name
+        assert (pod["spec"] != before[name]) == name.startswith("Deployment/"), name
+    assert "rate_limit_per_minute" in Settings.model_fields
 
 
 def test_another_model_is_served_and_restarts_no_engine(walk: Walk, tmp_path: Path) -> None:
@@ -194,35 +97,6 @@ def test_a_restored_database_goes_on_beside_the_old_one(walk: Walk) -> None:
     initial = of_kind(walk.applied("mine")[0], "Cluster")[0]["spec"]["bootstrap"]["initdb"]
     recovered = cluster["spec"]["bootstrap"]["recovery"]
     assert (recovered["database"], recovered["owner"]) == (initial["database"], initial["owner"])
-
-
-def _kubectls(walk: Walk) -> list[list[str]]:
-    """Every call of kubectl, those in the text between blocks included."""
-    text = re.sub(r"^```.*?^```$", "", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
-    inline = [shlex.split(command) for command in re.findall(r"`(kubectl [^`]+)`", text)]
-    return [call.argv for call in walk.of("kubectl")] + inline
-
-
-def test_what_commands_name_is_there(walk: Walk) -> None:
-    known = {name_of(m) for state in walk.applied("mine") for m in state}
-    known |= {name_of(m) for call in walk.calls for m in call.stdin}
-    labels = {f"{k}={v}" for state in walk.applied("mine") for m in state for k, v in m["metadata"]["labels"].items()}
-    known |= {"Service/postgres-rw"}  # CloudNativePG's, of its Cluster `postgres`
-    # And those by which policies know what operators make
-    policies = [m for state in walk.applied("mine") for m in of_kind(state, "NetworkPolicy")]
-    labels |= {f"{k}={v}" for m in policies for k, v in m["spec"]["podSelector"].get("matchLabels", {}).items()}
-    namespaces = {"qwen3", "cert-manager", "rabbitmq-system", "cnpg-system", "nginx-ingress", "monitoring"}
-    checked = 0
-    for argv in _kubectls(walk):
-        call = Call(argv)
-        assert call.option("-n") in {"", *namespaces}, argv
-        for label in filter(None, [call.option("-l")]):
-            assert label in labels, argv
-        for word in argv:
-            if match := re.fullmatch(r"([a-z.]+)/([a-z0-9.-]+)", word):
-                assert f"{KINDS[match[1]]}/{match[2]}" in known, f"{shlex.join(argv)}: there is no {word}"
-                checked += 1
-    assert checked > 30
 
 
 def test_each_deployment_is_waited_for(walk: Walk) -> None:
@@ -327,7 +201,7 @@ def test_what_happens_without_prometheus_is_said_as_it_is() -> None:
     (chat, _), (embedding, least) = (
         (scaled["spec"]["fallback"]["replicas"], scaled["spec"]["minReplicaCount"])
         for file in files
-        for scaled in _parsed(file.read_text())
+        for scaled in parsed(file.read_text())
     )
     assert f"`fallback.replicas` ({chat} of chat, {embedding} of embedding)" in GUIDE.read_text()
     assert least == 0, "else it need not be woken by hand"

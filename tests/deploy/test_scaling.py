@@ -14,6 +14,7 @@ from server.core.registry import load_registry
 from server.core.settings import Settings
 from tests.deploy.manifests import K8S, ROOT, Manifest, name_of, of_kind, overlays, render, schemas, tool
 from tests.deploy.manifests import problems as invalid
+from tests.seeing import exported
 
 COMPONENT = K8S / "components" / "scaling"
 SCALED = [yaml.safe_load(path.read_text()) for path in sorted(COMPONENT.glob("*-*.yaml"))]
@@ -117,10 +118,12 @@ def test_what_waits_its_age_and_who_works_are_asked_for(scaled: Manifest) -> Non
     assert {trigger["metadata"]["ignoreNullValues"] for trigger in scaled["spec"]["triggers"]} == {"false"}
 
 
-def exported() -> dict[str, set[str]]:
-    """The service's metrics and their labels, by the README's table, which a test holds against a running stack."""
-    rows = re.findall(r"^\| `(qwen3_\w+)` \| [^|]+ \| ([^|]*)\|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    return {name: set(filter(None, (label.strip() for label in labels.split(",")))) for name, labels in rows}
+def test_prometheus_is_asked_where_the_guide_has_it_installed() -> None:
+    guide = (ROOT / "deploy" / "README.md").read_text()
+    (namespace,) = re.findall(r"charts/kube-prometheus-stack --namespace (\S+)", guide)
+    # The operator's own service for every Prometheus that it runs
+    address = f"http://prometheus-operated.{namespace}.svc:9090"
+    assert {trigger["metadata"]["serverAddress"] for _, trigger in TRIGGERS} == {address}
 
 
 @pytest.mark.parametrize(("scaled", "trigger"), TRIGGERS)

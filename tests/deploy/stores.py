@@ -37,3 +37,13 @@ FOREIGN = {
 PORTS = {"broker": ("prometheus", 15692), "database": ("metrics", 9187)}
 """Of each store's pods, as its operator names it: the cluster operator's internal/resource/statefulset.go, and
 CloudNativePG's pkg/specs/pods.go."""
+
+RABBITMQ_SETTINGS = {
+    "cluster_partition_handling": {"ignore", "autoheal", "pause_minority"},
+    "queue_leader_locator": {"client-local", "balanced"},
+    "disk_free_limit.absolute": {"2GB"},
+    "quorum_queue.continuous_membership_reconciliation.enabled": {"true", "false"},
+    "quorum_queue.continuous_membership_reconciliation.target_group_size": {"3"},
+    "quorum_queue.continuous_membership_reconciliation.auto_remove": {"true", "false"},
+}
+"""Those we set, as deps/rabbit/priv/schema/rabbit.schema of RabbitMQ 4.3.4 has them: it does not start with another."""

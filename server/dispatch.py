@@ -12,9 +12,9 @@ from typing import Any
 
 from server.admission import Line, Place
 from server.core.amqp import AmqpLink
-from server.core.errors import Cancelled, NoWorker, QueueFull, ServiceError
+from server.core.errors import BrokerUnavailable, Cancelled, NoWorker, QueueFull, ServiceError
 from server.core.inbox import Inbox, Waiter
-from server.core.messages import Api, ErrorFrame, Frame, Job, RequestState, RequestStatus
+from server.core.messages import Api, ErrorFrame, Frame, Job, RequestState, RequestStatus, encode_frames
 from server.core.registry import ModelSpec, Registry
 from server.core.settings import Settings
 from server.fleet import Fleet
@@ -133,6 +133,15 @@ class Dispatcher:
     def blocked(self) -> bool:
         """Whether the broker takes nothing for now, nor tells of workers."""
         return self.inbox.publisher.blocked
+
+    async def heard(self) -> bool:
+        """Whether the broker takes messages now, found out by sending ourselves an empty one: who sends nothing is not
+        told that it is blocked, and would take workers that cannot speak for gone."""
+        try:
+            await self.inbox.publisher.settle(self.inbox.queue, encode_frames([]))
+        except BrokerUnavailable:
+            return False
+        return True
 
     async def submit(self, call: Call) -> Ticket:
         """Queue the call. Raises NoWorker, QueueFull or BrokerUnavailable."""

@@ -29,8 +29,10 @@ async def metrics(request: Request) -> Response:
     dispatcher: Dispatcher = request.app.state.dispatcher
     registry: Registry = request.app.state.registry
     models = [model.id for model in registry.models]
-    queues, database = await asyncio.gather(_queues(dispatcher, models), request.app.state.store.answers())
-    families = [*queues, *_workers(dispatcher, registry), *_busy(dispatcher, models)]
+    queues, busy, database = await asyncio.gather(
+        _queues(dispatcher, models), _busy(dispatcher, models), request.app.state.store.answers()
+    )
+    families = [*queues, *_workers(dispatcher, registry), *busy]
     families += _connected(dispatcher.connected, database)
     _tell_queued(dispatcher, models)
     return Response(_counted() + generate_latest(_Once(families)), media_type=CONTENT_TYPE_LATEST)
@@ -101,12 +103,17 @@ def _tell_queued(dispatcher: Dispatcher, models: list[str]) -> None:
         core_metrics.requests_waiting.labels(model).set(counts[model])
 
 
-def _busy(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
+async def _busy(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFamily]:
     """Said of every model, of those without a worker too: whoever scales by it must tell nothing from no answer.
 
-    Not said while the broker is not there: workers are not heard then, and a 0 would send them home.
+    Not said while the broker is not there, or takes nothing for want of memory or disk: workers are not heard then, and
+    a 0 would send them home.
     """
-    if not dispatcher.connected:
+    try:
+        async with asyncio.timeout(SCRAPE_TIMEOUT_S):
+            if not dispatcher.connected or not await dispatcher.heard():
+                return []
+    except TimeoutError:
         return []
     busy = GaugeMetricFamily("qwen3_workers_busy", "Jobs in the ready workers' hands, in workers", labels=["model"])
     ready = [worker for worker in dispatcher.fleet.workers() if worker.ready and worker.slots]

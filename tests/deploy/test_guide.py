@@ -10,7 +10,7 @@ from pathlib import Path
 
 from server.core.settings import Settings
 from tests.deploy.guide import GUIDE, Walk, parsed
-from tests.deploy.manifests import K8S, Manifest, name_of, of_kind, pods, problems, render, settings_of
+from tests.deploy.manifests import K8S, ROOT, Manifest, name_of, of_kind, pods, problems, render, settings_of
 from tests.deploy.sizing import ASSUMED
 from tests.deploy.test_k8s import SECRETS_BY_HAND, SECRETS_BY_OPERATORS, models_of
 
@@ -97,6 +97,38 @@ def test_a_restored_database_goes_on_beside_the_old_one(walk: Walk) -> None:
     initial = of_kind(walk.applied("mine")[0], "Cluster")[0]["spec"]["bootstrap"]["initdb"]
     recovered = cluster["spec"]["bootstrap"]["recovery"]
     assert (recovered["database"], recovered["owner"]) == (initial["database"], initial["owner"])
+
+
+def test_traces_go_to_the_collector_that_is_made(walk: Walk, tmp_path: Path) -> None:
+    # Given the component in one's overlay
+    below, component = (os.path.relpath(K8S / path, tmp_path) for path in ("overlays/multi-gpu", "components/tracing"))
+    (tmp_path / "kustomization.yaml").write_text(f"resources: [{below}]\ncomponents: [{component}]\n")
+    manifests = render(tmp_path)
+    (settings,) = (m for m in of_kind(manifests, "ConfigMap") if "OTEL_EXPORTER_OTLP_ENDPOINT" in m["data"])
+    (policy,) = (m for m in manifests if name_of(m) == "NetworkPolicy/to-collector")
+    # Then its Service, port and namespace are those that the guide makes
+    (exposed,) = walk.of("kubectl", "expose")
+    name, port = exposed.argv[exposed.argv.index("deployment") + 1], int(exposed.argv[-1].removeprefix("--port="))
+    space = exposed.option("-n")
+    assert settings["data"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://{name}.{space}.svc:{port}"
+    (egress,) = policy["spec"]["egress"]
+    assert egress["ports"] == [{"port": port, "protocol": "TCP"}]
+    assert egress["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": space}}}]
+    (created,) = walk.of("kubectl", "create", "deployment")
+    # And it is what the README runs on one machine
+    assert created.argv[-1].removeprefix("--image=") in (ROOT / "README.md").read_text()
+
+
+def test_a_cache_that_is_kept_fits(tmp_path: Path) -> None:
+    (patch,) = re.findall(r"^```yaml\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    below = os.path.relpath(K8S / "overlays" / "multi-gpu", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(f"resources: [{below}]\npatches:\n{patch}")
+    (deployment,) = (m for m in render(tmp_path) if name_of(m) == "Deployment/chat-qwen3-0-6b")
+    assert problems([deployment], tmp_path) == []
+    pod = deployment["spec"]["template"]["spec"]
+    (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "cache")
+    assert volume == {"name": "cache", "persistentVolumeClaim": {"claimName": "cache"}}
+    assert {"name": "cache", "mountPath": "/cache"} in pod["containers"][0]["volumeMounts"]
 
 
 def test_each_deployment_is_waited_for(walk: Walk) -> None:

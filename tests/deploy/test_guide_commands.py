@@ -35,6 +35,7 @@ def test_what_commands_name_is_there(walk: Walk) -> None:
     known |= {name_of(m) for call in walk.calls for m in call.stdin}
     labels = {f"{k}={v}" for state in walk.applied("mine") for m in state for k, v in m["metadata"]["labels"].items()}
     known |= {"Service/postgres-rw"}  # CloudNativePG's, of its Cluster `postgres`
+    known |= {f"Deployment/{call.argv[-2]}" for call in walk.of("kubectl", "create", "deployment")}
     # And those by which policies know what operators make
     policies = [m for state in walk.applied("mine") for m in of_kind(state, "NetworkPolicy")]
     labels |= {f"{k}={v}" for m in policies for k, v in m["spec"]["podSelector"].get("matchLabels", {}).items()}

@@ -40,6 +40,7 @@ SECRETS_BY_OPERATORS = {"postgres-app": {"uri"}, "rabbitmq-default-user": {"conn
 SECRETS_BY_HAND = {
     "api-keys": {"api-keys"},
     "backup-credentials": {"ACCESS_KEY_ID", "SECRET_ACCESS_KEY"},
+    **{f"broker-{user}": {"connection_string"} for user in ("server", "worker", "archive")},
     "hub-token": {"token"},
     "server-tls": {"tls.crt", "tls.key"},
 }

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ import pytest
 
 from server.core import topology
 from server.core.amqp import AmqpLink
+from server.fleet import STALE_S
 from tests.faults.broker import Proxy, ctl, kill
 from tests.faults.chats import (
     ANTHROPIC,
@@ -52,6 +54,13 @@ async def all_refused(client: httpx.AsyncClient) -> bool:
     async with asyncio.timeout(5):
         answers = await asyncio.gather(*(ask(client, path) for path in (OPENAI, NATIVE, ANTHROPIC)))
     return all(is_refused(answer) for answer in answers)
+
+
+async def busy(client: httpx.AsyncClient) -> float | None:
+    """How busy the workers are, as this server tells those who scale by it."""
+    text = (await client.get("/metrics")).text
+    found = re.search(rf'^qwen3_workers_busy{{model="{MODEL}"}} (.+)$', text, re.MULTILINE)
+    return float(found[1]) if found else None
 
 
 async def jobs_waiting(rig: Rig, model: str) -> tuple[int, int]:
@@ -247,16 +256,26 @@ async def test_a_workers_connection_goes_dumb(parts: Rig) -> None:
 
 
 async def test_rabbitmqs_memory_alarm(parts: Rig) -> None:
-    # Given a stream that runs
+    # Given a stream that runs, and a second server, which sends the broker nothing and so is not told
     url, server = await parts.server()
+    idle_url, _ = await parts.server("idle")
     await parts.echo("echo", "--words", "200", "--pause", "0.05")
     await parts.archive()
-    async with parts.client(url) as client:
+    async with parts.client(url) as client, parts.client(idle_url) as idle:
         await healthy(client)
         stream = Stream(client)
         await stream.begun()
+        await until(lambda: busy(idle))
         # When the broker has no memory left
         await ctl(parts.rabbitmq, "set_vm_memory_high_watermark", "0")
+        # Then the second one does not say that the worker, which cannot tell how it fares, has nothing to do
+
+        async def unknown() -> bool:
+            told = await busy(idle)
+            assert told != 0
+            return told is None
+
+        await until(unknown, 2 * STALE_S)
         client.headers["X-Session-Id"] = "refused"
         # Then requests are refused, the first ones as well, which tell the server that it is so
         async with asyncio.timeout(10):
@@ -273,8 +292,9 @@ async def test_rabbitmqs_memory_alarm(parts: Rig) -> None:
         print(f"grown by {grown / 2**20:.0f} MiB")
         assert grown < 100 * 2**20
         # And the stream neither ends nor fails: it waits
-        await asyncio.sleep(5)
+        await asyncio.sleep(STALE_S)
         assert stream.ended_at == 0
+        assert await unknown()
         # When there is memory again
         del client.headers["X-Session-Id"]
         await ctl(parts.rabbitmq, "set_vm_memory_high_watermark", "0.4")

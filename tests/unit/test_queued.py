@@ -1,6 +1,7 @@
 """What a process tells of the jobs that no worker has begun: their prompts' tokens, and the age of the oldest."""
 
 import time
+from unittest.mock import AsyncMock
 
 import pytest
 from prometheus_client import REGISTRY as EXPORTED
@@ -134,6 +135,7 @@ async def test_lanes_are_told_apart(dispatcher: Dispatcher) -> None:
 
 async def test_the_busy_are_counted_in_workers(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dispatcher, "connected", True)
+    monkeypatch.setattr(Dispatcher, "heard", AsyncMock(return_value=True))
     # Given two workers of 64 slots, one that drains, and one that is of another version and tells no slots
     hear(dispatcher, "chat-1", running=16, slots=64)
     hear(dispatcher, "chat-2", running=64, slots=64)
@@ -141,7 +143,7 @@ async def test_the_busy_are_counted_in_workers(dispatcher: Dispatcher, monkeypat
     draining = Status("chat-4", "chat", "talker", ready=False, running=64, slots=64)
     dispatcher.fleet._seen["chat-4"] = (time.monotonic(), draining)
     # Then the first two count by what they do, and of a model without a worker there is a zero
-    (family,) = exporter._busy(dispatcher, MODELS)
+    (family,) = await exporter._busy(dispatcher, MODELS)
     assert {sample.labels["model"]: sample.value for sample in family.samples} == {"talker": 1.25, "seer": 0}
 
 
@@ -150,4 +152,4 @@ async def test_the_busy_are_not_told_of_while_nobody_hears_them(dispatcher: Disp
     hear(dispatcher, "chat-1", running=16, slots=64)
     assert not dispatcher.connected
     # Then nothing is said, which is no zero
-    assert exporter._busy(dispatcher, MODELS) == []
+    assert await exporter._busy(dispatcher, MODELS) == []

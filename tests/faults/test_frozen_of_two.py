@@ -8,10 +8,9 @@ from typing import Any
 
 import httpx
 
-from server.process import Child
 from tests.faults.chats import Stream, ask, is_cut_off
-from tests.faults.life import numbers
-from tests.faults.rig import MODEL, Rig, until
+from tests.faults.life import begun, counting, numbers
+from tests.faults.rig import Rig, until
 
 NAMED_S = 15.0
 """Within which readiness names it."""
@@ -19,15 +18,6 @@ TAKEN_OVER_S = 25.0
 """The broker misses it after 15 s at the most, and the rest of an answer is short."""
 LONG = 600
 """Tokens: 12 s and more."""
-
-
-async def counting(rig: Rig, name: str) -> Child:
-    return await rig.run(name, "tests.faults.counting", "--model", MODEL, BEGUN=str(rig.folder / f"{name}.begun"))
-
-
-def begun(rig: Rig, name: str) -> list[str]:
-    path = rig.folder / f"{name}.begun"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 async def chat_workers(client: httpx.AsyncClient) -> list[dict[str, Any]]:

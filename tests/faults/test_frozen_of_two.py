@@ -102,8 +102,6 @@ async def test_with_chats_in_hand(parts: Rig) -> None:
         assert set(kept) - {"sampled"} == {"greedy", "whole", *(f"new {n}" for n in range(8))}
         assert kept["greedy"]["messages"][-1]["content"] == numbers(LONG)
         assert all(entry["finish_reason"] == "stop" for text, entry in kept.items() if text != "sampled")
-        if "sampled" in kept:
-            assert kept["sampled"]["finish_reason"] == "cancelled"
         usage = (await client.get("/usage")).json()
         assert usage["total_requests"] == len(entries)
         assert usage["total_tokens"] == sum(entry["usage"]["total_tokens"] for entry in entries)

@@ -22,6 +22,9 @@ from server.db.pool import migrate
 from server.processes import ServerProcesses
 from server.supervisor import Supervisor, open_store
 
+TELL_S = 1.0
+"""For the clients of answers that could not be finished to hear so, before their connections are ended."""
+
 WEIGHT = "its share of the turns where several keys wait, from 1 to 100"
 
 
@@ -124,7 +127,8 @@ def _serve(settings: Settings, fd: int | None) -> int:
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.started and not serving.done():
             app.state.draining, app.state.drained_by = True, time.monotonic() + settings.drain_timeout_s
-            await server.drain(settings.drain_timeout_s, shared=fd is not None)
+            asyncio.get_running_loop().call_later(settings.drain_timeout_s, app.state.dispatcher.give_up)
+            await server.drain(settings.drain_timeout_s + TELL_S, shared=fd is not None)
         server.should_exit = True
         await serving
 

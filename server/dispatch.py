@@ -12,7 +12,7 @@ from typing import Any
 
 from server.admission import Line, Place
 from server.core.amqp import AmqpLink
-from server.core.errors import BrokerUnavailable, Cancelled, NoWorker, QueueFull, ServiceError
+from server.core.errors import AnswerLost, BrokerUnavailable, Cancelled, NoWorker, QueueFull, ServiceError
 from server.core.inbox import Inbox, Waiter
 from server.core.messages import Api, ErrorFrame, Frame, Job, RequestState, RequestStatus, encode_frames
 from server.core.registry import ModelSpec, Registry
@@ -124,6 +124,11 @@ class Dispatcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(self.inbox.close(), self.scraper.close())
+
+    def give_up(self) -> None:
+        """This server's time is over: each request that is not answered yet ends with an error, and its job stops."""
+        for waiter in self.inbox.waiting.values():
+            waiter.put(AnswerLost("This server is stopping, and has no time left for the rest.", retry_after_s=1))
 
     @property
     def connected(self) -> bool:

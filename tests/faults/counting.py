@@ -1,7 +1,8 @@
 """A worker without an engine that counts from 0, a number a token, until it is stopped, and that can be halted.
 
 `python -m tests.faults.counting --model ID --slots N`. The file named by BEGUN gets a line for each job it begins: what
-was asked.
+was asked. Asked with a temperature and without a seed, it counts from its own process id: what is sampled differs from
+one run to the next as well.
 """
 
 import argparse
@@ -42,9 +43,10 @@ class CountingWorker(Worker):
         _write_down(job.body["messages"][-1]["content"])
         head = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": self.model}
         stream, most = job.body.get("stream"), job.body.get("max_tokens", 10_000)
+        first = os.getpid() if job.body.get("temperature") and job.body.get("seed") is None else 0
         said: list[str] = []
         while len(said) < most and job.id not in self._halted:
-            said.append(f" {len(said)}")
+            said.append(f" {first + len(said)}")
             if stream:
                 choice = {"index": 0, "delta": {"content": said[-1]}, "finish_reason": None}
                 chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}

@@ -88,6 +88,18 @@ def say(content: str, **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
 
 
+async def counting(rig: Rig, name: str, *options: str, **settings: str) -> Child:
+    """A worker that counts, by name; not waited for."""
+    begun = str(rig.folder / f"{name}.begun")
+    return await rig.run(name, "tests.faults.counting", "--model", MODEL, *options, BEGUN=begun, **settings)
+
+
+def begun(rig: Rig, name: str) -> list[str]:
+    """What was asked in the jobs that it has begun."""
+    path = rig.folder / f"{name}.begun"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 CHAT = "/v1/chat/completions"
 
 

@@ -4,15 +4,20 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import psutil
+import psycopg
 import pytest
 
 from server.process import Child
+from tests.faults.chats import NATIVE, ask, is_refused, kept
 from tests.faults.rig import MODEL, Rig, healthy, history, until
+from tests.models.tiny_embedding import build
 
 CLIENTS = 8
 
@@ -198,3 +203,88 @@ async def test_it_finishes_what_it_has_and_takes_nothing_new(parts: Rig, kind: s
     if kind == "worker":
         async with parts.client(url) as client:
             assert await until(lambda: history(client, 1))
+
+
+async def kept_at_least(rig: Rig, count: int) -> bool:
+    return len(await kept(rig)) >= count
+
+
+async def test_an_archivist_that_holds_what_it_cannot_write(parts: Rig) -> None:
+    url, _ = await parts.server()
+    await parts.echo()
+    archive = await parts.archive()
+    async with parts.client(url) as client:
+        await until(lambda: healthy(client))
+        # Given records in its hands, and a table that somebody else holds
+        async with await psycopg.AsyncConnection.connect(parts.database_url) as holding:
+            await holding.execute("LOCK TABLE chats IN EXCLUSIVE MODE")
+            sessions = {f"held-{n}" for n in range(20)}
+            for session_id in sessions:
+                assert (await ask(client, NATIVE, session_id=session_id)).status_code == 200
+            await until(lambda: waits_for_a_lock(parts))
+            # When it is asked to stop, then it does, in time
+            at = time.monotonic()
+            await leave(archive)
+            assert time.monotonic() - at < 15
+            assert await kept(parts) == []
+        # And the next one writes all of them, once; asked to stop in the middle of more, it finishes what it writes
+        for again in range(3):
+            archive = await parts.archive()
+            more = {f"more-{again}-{n}" for n in range(200)}
+            asking = [asyncio.create_task(ask(client, NATIVE, session_id=session_id)) for session_id in more]
+            sessions |= more
+            await until(lambda again=again: kept_at_least(parts, 20 + 200 * again + 1))
+            await leave(archive)
+            assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
+        await parts.archive()
+        await until(lambda: kept_at_least(parts, len(sessions)))
+        await asyncio.sleep(1)
+        rows = [row["session_id"] for row in await kept(parts)]
+        assert len(rows) == len(sessions)
+        assert set(rows) == sessions
+        assert await counted(client, len(sessions))
+
+
+async def waits_for_a_lock(rig: Rig) -> bool:
+    async with await psycopg.AsyncConnection.connect(rig.database_url) as conn:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        row = await (await conn.execute(query)).fetchone()
+    return row is not None and row[0] > 0
+
+
+async def test_an_embedding_worker_that_holds_texts(parts: Rig, tmp_path: Path) -> None:
+    # Given a worker that has requests in hand: it stands still until they, and the signal, have reached it
+    embedding = {"type": "embedding", "source": str(build(tmp_path / "tiny")), "context_length": 64, "dtype": "float32"}
+    parts.serve(**{MODEL: {}, "tiny": embedding})
+    url, _ = await parts.server()
+    await parts.archive()
+    holding = await parts.run("embedding", "workers", "embedding", "--model", "tiny")
+    async with parts.client(url) as client:
+
+        async def is_there() -> bool:
+            return bool((await client.get("/health")).json()["embedding_model_loaded"])
+
+        await until(is_there, 60)
+        os.kill(holding.process.pid, signal.SIGSTOP)
+        texts = [f"text {n}" for n in range(32)]
+        asked = {"model": "tiny", "input": texts}
+        asking = [asyncio.create_task(client.post("/v1/embeddings", json=asked)) for _ in range(8)]
+
+        async def are_sent() -> bool:
+            line = 'qwen3_queue_messages{lane="interactive",model="tiny"} 8.0'
+            return line in (await client.get("/metrics")).text.splitlines()
+
+        await until(are_sent)
+        await asyncio.sleep(0.5)  # the broker passes them on at once
+        # When it is asked to stop
+        os.kill(holding.process.pid, signal.SIGTERM)
+        os.kill(holding.process.pid, signal.SIGCONT)
+        # Then each of them is answered by it, and it exits 0
+        for answer in await asyncio.wait_for(asyncio.gather(*asking), 30):
+            assert answer.status_code == 200, answer.text
+            assert len(answer.json()["data"]) == len(texts)
+        assert await asyncio.wait_for(holding.process.wait(), 30) == 0, holding.tail()
+        # And each is counted once
+        await until(lambda: counted(client, 8))
+        # And who comes now is told
+        assert is_refused(await client.post("/v1/embeddings", json=asked))

@@ -6,6 +6,7 @@ import time
 
 import httpx
 import psutil
+import pytest
 
 from server.core.watchdog import SILENT_S
 from tests.faults.rig import until
@@ -19,6 +20,7 @@ def chat_worker(stack: Stack) -> psutil.Process:
     return first
 
 
+@pytest.mark.timeout(900)
 async def test_a_worker_that_freezes_under_up(stack: Stack) -> None:
     headers = {"Authorization": f"Bearer {stack.key}"}
     async with httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=300, trust_env=False) as client:

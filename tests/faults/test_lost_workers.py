@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from server.process import Child
-from tests.faults.rig import Rig, answers, healthy, history, rig, until
+from tests.faults.rig import Rig, answers, healthy, rig, until
 from workers.smoke import recipe_hash
 
 MODEL = "qwen3-smoke"
@@ -154,67 +154,79 @@ def ends(data: str) -> str:
     return data if data == "[DONE]" else str(json.loads(data).get("type"))
 
 
-async def test_killed_in_the_middle_of_streams(service: Service) -> None:
-    key = await service.parts.new_key("in the middle of streams")
+def cannot_go_on() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Long streams of which no second run can tell the rest."""
+    chat = {"model": MODEL, "stream": True, "max_tokens": 1200, "messages": COUNT, "ignore_eos": True}
+    return {
+        "unseeded": ("/v1/chat/completions", {**chat, "temperature": 1.0}),
+        "logprobs": ("/v1/chat/completions", {**chat, "temperature": 0, "logprobs": True}),
+    }
+
+
+@pytest.mark.timeout(900)
+async def test_killed(service: Service) -> None:
+    """In the middle of streams, and before the first token of a chat: one kill, for an engine takes long to start."""
+    key = await service.parts.new_key("killed")
     async with service.parts.client(service.url) as other, service.parts.client(service.url, key) as client:
         client.timeout = other.timeout = httpx.Timeout(300)
         # Given what each stream says when nothing happens
-        kinds = streams()
+        kinds, cut = streams(), cannot_go_on()
         whole: dict[str, list[str]] = {kind: [] for kind in kinds}
         await asyncio.gather(*(read(other, *kinds[kind], whole[kind]) for kind in kinds))
         # When the worker is killed in the middle of all of them; the engine is slowed down, for some are short
-        got: dict[str, list[str]] = {kind: [] for kind in kinds}
+        got: dict[str, list[str]] = {kind: [] for kind in kinds | cut}
         core = service.engine()
         core.suspend()
-        reading = [asyncio.create_task(read(client, *kinds[kind], got[kind])) for kind in kinds]
-        await until(lambda: running(client, len(kinds)))
+        reading = [asyncio.create_task(read(client, *asked, got[kind])) for kind, asked in (kinds | cut).items()]
+        await until(lambda: running(client, len(got)))
         while not all(len(lines) >= 8 for lines in got.values()):
             core.resume()
             await asyncio.sleep(0.004)
             core.suspend()
             await asyncio.sleep(0.03)
+        # And with a chat in its hands of which the engine has made nothing
+        chat = {"model": MODEL, "messages": COUNT, "temperature": 0}
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json=chat))
+        await until(lambda: running(client, len(got) + 1))
         service.worker.process.kill()
-        assert not [kind for kind in kinds if ends(whole[kind][-1]) in map(ends, got[kind])]
-        # And started again
         await service.worker.stop(timeout_s=1)
+        assert not [kind for kind in kinds if ends(whole[kind][-1]) in map(ends, got[kind])]
+        # Then new chats are refused meanwhile
+        await until(lambda: refused(other, chat), timeout_s=15)
+        told = {kind: list(got[kind]) for kind in cut}
+        # And when it is started again
         await service.start_worker()
         await asyncio.gather(*reading)
-        # Then each goes on, and says what it would have said
+        # Each stream goes on, and says what it would have said
         for kind in kinds:
             assert text_of(got[kind]) == text_of(whole[kind]), kind
-        # And each is kept and counted once, as a whole
-        entries = await until(lambda: history(client, len(kinds)))
-        assert "cancelled" not in {entry["finish_reason"] for entry in entries}
-        assert (await client.get("/usage")).json()["total_requests"] == len(kinds)
-
-
-async def test_killed_before_the_first_token(service: Service) -> None:
-    key = await service.parts.new_key("before the first token")
-    async with service.parts.client(service.url, key) as client:
-        await service.ready(client)
-        # Given a worker that has taken a chat, and whose engine has made nothing of it
-        service.engine().suspend()
-        body = {"model": MODEL, "messages": COUNT, "temperature": 0}
-        asking = asyncio.create_task(client.post("/v1/chat/completions", json=body, timeout=240))
-        await until(lambda: running(client, 1))
-        # When it is killed
-        service.worker.process.kill()
-        await service.worker.stop(timeout_s=1)
-        # Then new chats are refused meanwhile
-        async with service.parts.client(service.url) as other:
-            await until(lambda: refused(other, body), timeout_s=15)
-        # And the one that was accepted is answered by the one started again
-        await service.start_worker()
+        # Or ends with an error, and says nothing else any more
+        for kind in cut:
+            assert got[kind][:-1] == told[kind], kind
+            error = json.loads(got[kind][-1])["error"]
+            assert "The worker was lost in the middle of the answer" in error["message"], kind
+        # And the chat is answered
         answer = await asking
         assert answer.status_code == 200, answer.text
-        # Once, and kept and counted once
-        (kept,) = await until(lambda: history(client, 1))
+        # And each is kept and counted once, as a whole; of what was cut off, at the most what the second run had made
+        entries = await until(lambda: settled(client, len(kinds) + 1))
+        cancelled = [entry for entry in entries if entry["finish_reason"] == "cancelled"]
+        assert len(cancelled) <= len(cut)
+        assert len(entries) == len(kinds) + 1 + len(cancelled)
+        (kept,) = [entry for entry in entries if entry["session_id"] == answer.headers["x-session-id"]]
         assert kept["messages"][-1]["content"] == answer.json()["choices"][0]["message"]["content"]
-        await asyncio.sleep(2)
-        assert await history(client, 1)
         usage = (await client.get("/usage")).json()
-        assert usage["total_requests"] == 1
-        assert usage["total_tokens"] == answer.json()["usage"]["total_tokens"]
+        assert usage["total_requests"] == len(entries)
+        assert usage["total_tokens"] == sum(entry["usage"]["total_tokens"] for entry in entries)
+
+
+async def settled(client: httpx.AsyncClient, at_least: int) -> list[dict[str, Any]] | None:
+    """The key's history, once it has so many entries and nothing runs any more."""
+    if not await running(client, 0):
+        return None
+    await asyncio.sleep(2)
+    entries: list[dict[str, Any]] = (await client.get("/chat/history?limit=100")).json()
+    return entries if len(entries) >= at_least else None
 
 
 async def running(client: httpx.AsyncClient, count: int) -> bool:
@@ -231,6 +243,7 @@ async def refused(client: httpx.AsyncClient, body: dict[str, Any]) -> bool:
     return "retry-after" in answer.headers
 
 
+@pytest.mark.timeout(900)
 async def test_an_engine_that_freezes(service: Service) -> None:
     async with service.parts.client(service.url) as client:
         await service.ready(client)
@@ -278,5 +291,24 @@ async def test_a_long_step_is_no_freeze(service: Service) -> None:
         assert not service.worker.exited
         answer = await client.post("/v1/chat/completions", json={"model": MODEL, "messages": COUNT})
         assert answer.status_code == 200, answer.text
+
+
+async def test_a_stream_is_finished_before_it_ends(service: Service) -> None:
+    """The last one: no worker is left."""
+    async with service.parts.client(service.url) as client:
+        await service.ready(client)
+        path, body = streams()["greedy"]
+        whole: list[str] = []
+        await read(client, path, body, whole)
+        # Given a stream in the middle
+        lines: list[str] = []
+        reading = asyncio.create_task(read(client, path, body, lines))
+        await until(lambda: len(lines) > 20)
+        # When the worker is asked to stop
         os.kill(service.worker.process.pid, signal.SIGTERM)
+        assert len(lines) < len(whole) / 2
+        # Then it says all it has to say, and exits 0
+        await reading
+        assert text_of(lines) == text_of(whole)
         assert await asyncio.wait_for(service.worker.process.wait(), 60) == 0
+        await until(lambda: refused(client, {"model": MODEL, "messages": COUNT}))

@@ -192,7 +192,7 @@ class Store:
         )
 
     async def find_request(self, key_id: int, request_ids: Sequence[str]) -> Row | None:
-        """The finished request of this key that has one of these ids: `message` is a chat's answer."""
+        """The finished request of this key that has one of these ids: `messages` are a chat's."""
         rows = await self._rows("find_request", {"key_id": key_id, "request_ids": list(request_ids)})
         return rows[0] if rows else None
 

@@ -111,7 +111,7 @@ def _finished(row: Row, request_id: str) -> RequestInfo:
         created_at=row["created_at"],
         finish_reason=row["finish_reason"] or None,
         usage=Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion),
-        message=row["message"],
+        message=row["messages"][-1] if row["messages"] else None,
     )
 
 

@@ -10,6 +10,11 @@ from server.core.messages import Head
 LOST = "The answer was given up before it was whole. Ask again."
 
 
+def beyond(head: Head, after: int) -> int:
+    """How many events a reader has who knows `after`: what is not streamed has none to go on from."""
+    return after if head.keep_alive else 0
+
+
 class Log:
     """An answer as it is made: its head, then its events (of one that is not streamed its body, as the only one)."""
 

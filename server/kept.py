@@ -17,7 +17,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
-from server.answers import Kept, Source
+from server.answers import Kept, Source, beyond
 from server.core.errors import EngineFailed, InvalidRequest, NotFound, ServiceError, Unprocessable
 from server.core.messages import Ask, Head, encode
 from server.core.settings import Settings
@@ -146,7 +146,8 @@ class Keeper:
         if kept is not None and kept.key_id == key_id:
             kept.join()
             try:
-                return Source(await kept.log.begun(), kept.log.follow(after), kept.leave)
+                head = await kept.log.begun()
+                return Source(head, kept.log.follow(beyond(head, after)), kept.leave)
             except BaseException:
                 kept.leave()
                 raise
@@ -154,7 +155,8 @@ class Keeper:
         if row is None:
             return None
         if row["head"] is not None:
-            return Source(Head(**row["head"]), _each(row["events"][after:]), lambda: None)
+            head = Head(**row["head"])
+            return Source(head, _each(row["events"][beyond(head, after) :]), lambda: None)
         return await self._relays.fetch(Ask("", request_id, key_id, "", "events", after, row["owner"]))
 
     async def _read(self, request: Request, source: Source, headers: dict[str, str] | None = None) -> Response:

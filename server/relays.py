@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from dataclasses import replace
 
-from server.answers import LOST, Kept, Source
+from server.answers import LOST, Kept, Source, beyond
 from server.core.errors import AnswerLost, Unavailable
 from server.core.messages import Ask, ErrorFrame, FrameKind, Head, decode, encode
 from server.dispatch import Dispatcher
@@ -117,12 +117,13 @@ class Relays:
 
     async def _relay(self, kept: Kept, ask: Ask) -> None:
         """Pass an answer on to the process that asked for it."""
-        log, sent, seq, begun = kept.log, ask.after, 0, False
+        log, sent, seq, begun = kept.log, 0, 0, False
         while True:
             pieces: list[tuple[FrameKind, bytes]] = []
             if log.head is not None:
-                pieces = [] if begun else [("chunk", encode(log.head))]
-                begun = True
+                if not begun:
+                    begun, sent = True, beyond(log.head, ask.after)
+                    pieces.append(("chunk", encode(log.head)))
                 pieces += [_passed(made) for made in log.events[sent : sent + MAX_RELAYED]]
                 sent += len(log.events[sent : sent + MAX_RELAYED])
             more = sent < len(log.events)

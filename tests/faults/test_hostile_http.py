@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import httpx
 import pytest
 
-from server.errors import Dialect, dialect_of
+from server.errors import PREFIX, Dialect, dialect_of
 from server.schemas.dialects import AnthropicError, OpenAIError
 from server.schemas.service import ErrorBody
+from tests.faults.dialects import STREAMING, body_of
 from tests.faults.guarded import MAX_CONNECTIONS, RECEIVE_TIMEOUT_S, Guarded
 from tests.faults.raw import Answer, ask, connect, everything, read_answer, until_closed
 from tests.faults.rig import MODEL
@@ -23,7 +25,6 @@ SHAPES: dict[Dialect, type[ErrorBody | OpenAIError | AnthropicError]] = {
     "anthropic": AnthropicError,
 }
 CHAT = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
-PATHS = ["/chat", "/v1/chat/completions", "/v1/messages"]
 PATIENCE_S = 4 * RECEIVE_TIMEOUT_S + 4
 
 
@@ -42,13 +43,21 @@ def post(path: str, key: str, *headers: bytes, body: bytes = CHAT, framed: bool 
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
+@pytest.fixture(scope="session")
+def paths(guarded: Guarded) -> list[str]:
+    """Every path that takes a POST, and one under the prefix."""
+    document = httpx.get(f"{guarded.url}/openapi.json", trust_env=False).json()["paths"]
+    found = [path for path, methods in document.items() if "post" in methods]
+    assert {"/chat", "/chat/similar", "/v1/chat/completions", "/v1/messages/count_tokens"} <= set(found)
+    return [*found, f"{PREFIX}/v1/messages"]
+
+
 @pytest.fixture(autouse=True)
 async def nobody_else_was_harmed(guarded: Guarded) -> Iterator[None]:
     yield
     await guarded.is_well()
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "headers",
     [
@@ -80,17 +89,18 @@ async def nobody_else_was_harmed(guarded: Guarded) -> Iterator[None]:
     ids=lambda headers: b"; ".join(headers).decode("latin-1"),
 )
 def test_an_ambiguous_request_is_refused_and_nothing_after_it_answered(
-    guarded: Guarded, path: str, headers: tuple[bytes, ...]
+    guarded: Guarded, paths: list[str], headers: tuple[bytes, ...]
 ) -> None:
     # Given a request whose end or headers are read differently by different programs, and one hidden behind it
     hidden = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: x\r\nX: "
-    data = post(path, guarded.key, *headers, body=hidden, framed=False)
-    # When it is sent
-    said = everything(guarded.port, data)
-    # Then it is refused in shape, and the hidden one was never seen
-    assert said.count(b"HTTP/1.1 ") == 1
-    assert b"smuggled" not in said
-    in_shape(ask(guarded.port, data), path)
+    for path in paths:
+        data = post(path, guarded.key, *headers, body=hidden, framed=False)
+        # When it is sent
+        said = everything(guarded.port, data)
+        # Then it is refused in shape, and the hidden one was never seen
+        assert said.count(b"HTTP/1.1 ") == 1, path
+        assert b"smuggled" not in said
+        in_shape(ask(guarded.port, data), path)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,6 @@ def test_what_is_no_http_is_told_so(guarded: Guarded, data: bytes) -> None:
     in_shape(ask(guarded.port, data), "")
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "body",
     [
@@ -130,9 +139,45 @@ def test_what_is_no_http_is_told_so(guarded: Guarded, data: bytes) -> None:
     ],
     ids=repr,
 )
-def test_chunks_that_are_none_are_refused_in_shape(guarded: Guarded, path: str, body: bytes) -> None:
-    data = post(path, guarded.key, b"Transfer-Encoding: chunked", body=body, framed=False)
-    in_shape(ask(guarded.port, data), path)
+def test_chunks_that_are_none_are_refused_in_shape(guarded: Guarded, paths: list[str], body: bytes) -> None:
+    for path in paths:
+        data = post(path, guarded.key, b"Transfer-Encoding: chunked", body=body, framed=False)
+        in_shape(ask(guarded.port, data), path)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"x", b"null", b"[]", b"0", b'"x"', b"{}{}", b'{"a":NaN}', b'{"a":"\\ud800"}', b"\xff", b"\x00", b"[" * 5000],
+    ids=lambda body: repr(body[:9]),
+)
+def test_what_is_no_object_in_json_is_refused_in_shape(guarded: Guarded, paths: list[str], body: bytes) -> None:
+    for path in paths:
+        answer = ask(guarded.port, post(path, guarded.key, body=body))
+        in_shape(answer, path)
+        assert answer is not None
+        assert answer.status == 400, path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (b"Idempotency-Key", b"\xf0\x9f\x98\x80"),
+        (b"Idempotency-Key", b"x" * 256),
+        (b"Idempotency-Key", b""),
+        (b"X-Session-Id", b"two words"),
+        (b"X-Session-Id", b"\xd7\xa9"),
+        (b"X-Session-Id", b"x" * 129),
+    ],
+    ids=lambda header: b": ".join(header)[:30].decode("latin-1"),
+)
+def test_headers_that_name_something_are_held_to_their_form(guarded: Guarded, header: tuple[bytes, bytes]) -> None:
+    name, value = header
+    for path in STREAMING:
+        body = json.dumps(body_of(path, "hi", 1)).encode()
+        answer = ask(guarded.port, post(path, guarded.key, name + b": " + value, body=body))
+        in_shape(answer, path)
+        assert answer is not None
+        assert (answer.status, name in answer.body) == (400, True), (path, answer)
 
 
 @pytest.mark.parametrize(
@@ -221,21 +266,23 @@ def test_line_breaks_do_not_keep_a_connection_open(guarded: Guarded) -> None:
         pytest.fail("still connected")
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_does_not_come_is_told_so_and_cut(guarded: Guarded, path: str, chunked: bool) -> None:
-    # Given a client with a key that never finishes its body
+def test_a_body_that_does_not_come_is_told_so_and_cut(guarded: Guarded, paths: list[str], chunked: bool) -> None:
+    # Given clients with a key that never finish their bodies
     framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 1000"
-    start = post(path, guarded.key, framing, body=b"5\r\nabc" if chunked else b"abc", framed=False)
-    with connect(guarded.port) as connection:
-        connection.sendall(start)
+    with ExitStack() as stack:
+        waiting = [(path, stack.enter_context(connect(guarded.port))) for path in paths]
+        for path, connection in waiting:
+            body = b"5\r\nabc" if chunked else b"abc"
+            connection.sendall(post(path, guarded.key, framing, body=body, framed=False))
         began = time.monotonic()
-        # Then it is told so in its dialect, in time, and hung up on
-        answer = read_answer(connection)
-        in_shape(answer, path)
-        assert answer is not None
-        assert answer.status == 408
-        assert until_closed(connection) == b""
+        # Then each is told so in its dialect, in time, and hung up on
+        for path, connection in waiting:
+            answer = read_answer(connection)
+            in_shape(answer, path)
+            assert answer is not None
+            assert answer.status == 408
+            assert until_closed(connection) == b""
         assert time.monotonic() - began < PATIENCE_S
 
 

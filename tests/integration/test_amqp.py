@@ -107,6 +107,10 @@ async def test_what_cannot_be_routed_is_told(amqp_url: str) -> None:
     await link.start()
     link.send("replies.nobody", b"x")
     await until(lambda: gone == ["replies.nobody"])
+    # And who waits for it knows which of its messages that was
+    await link.declare_queue(name := f"test-{secrets.token_hex(4)}", exclusive=True)
+    there = await asyncio.gather(*(link.settle(queue, b"x") for queue in ("replies.nobody", name) * 3))
+    assert there == [False, True] * 3
     await link.close()
 
 

@@ -25,13 +25,15 @@ from server.keyed import direct_routes
 from server.keys import CHANNEL, KeyCache
 from server.middleware import Accounting
 from server.rate import RateLimiter
-from server.routes import anthropic, health, history, inference, openai, requests
+from server.routes import NAMED, anthropic, health, history, inference, openai, requests
 
 VERSION = "0.1.0"
 
 FIRST_BEAT_S = 1.5
 """By then every live worker has told of itself, which it does once a second."""
 LOOK_EVERY_S = 0.05
+FRAMEWORKS = "HTTPValidationError"
+"""The framework's error, by its name in the OpenAPI document."""
 
 
 def create_app(settings: Settings, registry: Registry) -> FastAPI:
@@ -85,6 +87,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     keyed: list[Any] = [
         Security(HTTPBearer(auto_error=False, description="Your API key")),
         Security(APIKeyHeader(name="x-api-key", auto_error=False, description="Your API key")),
+        *NAMED,
     ]
     for prefix in ("", PREFIX):
         documented = not prefix
@@ -107,13 +110,14 @@ async def _hear_workers(dispatcher: Dispatcher, registry: Registry) -> None:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, without the 422 that the framework promises and this service never gives."""
+    """The OpenAPI document, without the 422 that the framework promises where a field is wrong: that is a 400 here."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         for path in document["paths"].values():
             for operation in path.values():
-                operation["responses"].pop("422", None)
-        for unused in ("HTTPValidationError", "ValidationError"):
+                if FRAMEWORKS in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+        for unused in (FRAMEWORKS, "ValidationError"):
             document["components"]["schemas"].pop(unused, None)
         app.openapi_schema = document
     return app.openapi_schema

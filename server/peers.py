@@ -25,7 +25,7 @@ from server.core.messages import Ask, Frame, FrameKind, Job, RequestState, decod
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 1.0
-"""In which a server answers that knows. One that is too busy for it counts as not knowing."""
+"""In which a server answers that knows. Of a request's state, one that is too busy for it counts as not knowing."""
 
 MAX_PASSED_BYTES = 8 * 1024 * 1024
 """Of an answer that one process passes on to another."""
@@ -65,6 +65,10 @@ class Peers:
             self.inbox.publisher.send(ask.reply_to, encode_frames(frames))
         except BrokerUnavailable:
             logger.warning("ask not answered", extra={"action": "ask", "request_id": ask.request_id})
+
+    async def is_there(self, queue: str) -> bool:
+        """Whether another process still has this reply queue: it goes with its connection. Raises BrokerUnavailable."""
+        return await self.inbox.publisher.settle(queue, encode_frames([]))
 
     def tell(self, ask: Ask) -> None:
         """Ask for no answer."""

@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 
 from server.core import topology
-from server.core.amqp import CONFIRM_TIMEOUT_S, AmqpLink
+from server.core.amqp import AmqpLink
+from server.core.confirms import CONFIRM_TIMEOUT_S
 from server.core.errors import BrokerUnavailable
 from server.core.settings import BadSettings
 from server.process import Child, start

@@ -1,4 +1,4 @@
-"""One AMQP connection with one channel that comes back by itself. The only module that knows pika.
+"""One AMQP connection with one channel that comes back by itself. Only this and connection.py know pika.
 
 Owns connecting, confirms and redelivery bookkeeping; knows nothing of jobs or frames. A process keeps
 two: one to publish on and one to consume on, so that a publisher held back by the broker's flow control
@@ -6,7 +6,6 @@ never delays the acks.
 """
 
 import asyncio
-import itertools
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
@@ -15,13 +14,13 @@ from typing import Any
 
 import pika
 from pika import spec
-from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
-from pika.heartbeat import HeartbeatChecker
 
 from server.core import metrics, topology
-from server.core.errors import BrokerUnavailable, PayloadTooLarge, QueueFull
+from server.core.confirms import Confirms
+from server.core.connection import JoinedConnection
+from server.core.errors import BrokerUnavailable, PayloadTooLarge
 from server.core.settings import BadSettings
 
 logger = logging.getLogger(__name__)
@@ -31,42 +30,9 @@ HEARTBEAT_S = 5
 process that is held up for two loses its connection."""
 CONNECT_TIMEOUT_S = 5.0
 RECONNECT_MAX_S = 3.0
-CONFIRM_TIMEOUT_S = 10.0
-"""A broker whose disk or quorum fails may live on and confirm nothing."""
 PRECONDITION_FAILED = 406
 LOST = "The message broker is not reachable. Try again shortly."
 BLOCKED = "The message broker is out of memory or disk and takes no work. Try again shortly."
-UNCONFIRMED = "The message broker did not take the message in time. Try again shortly."
-
-
-class PromptHeartbeat(HeartbeatChecker):  # type: ignore[misc]  # pika is Any to the type checker
-    """Looks each HEARTBEAT_S whether the broker was heard of; pika alone gives it 5 s more, each time."""
-
-    def _start_check_timer(self) -> None:
-        self._check_interval = self._timeout
-        super()._start_check_timer()
-
-
-class JoinedConnection(AsyncioConnection):  # type: ignore[misc]  # pika is Any to the type checker
-    """Writes what is sent in one turn of the loop at once: pika alone makes a system call of each frame, of which a
-    message has three, and the broker wakes for each."""
-
-    _joined: list[bytes] | None = None
-
-    def _create_heartbeat_checker(self) -> HeartbeatChecker:
-        return PromptHeartbeat(self, self.params.heartbeat)
-
-    def _adapter_emit_data(self, data: bytes) -> None:
-        if self._joined is not None:
-            self._joined.append(data)
-            return
-        self._joined = [data]
-        asyncio.get_running_loop().call_soon(self._write_joined)
-
-    def _write_joined(self) -> None:
-        joined, self._joined = self._joined, None
-        if joined and self._transport is not None:
-            super()._adapter_emit_data(b"".join(joined))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +67,11 @@ class AmqpLink:
         self._setup = setup
         self._on_lost = on_lost
         self._on_return = on_return
-        self._connection: AsyncioConnection | None = None
+        self._connection: JoinedConnection | None = None
         self._channel: Channel | None = None
-        self._unconfirmed: dict[int, asyncio.Future[None]] = {}
-        self._tags = itertools.count(1)
+        self._confirms = Confirms()
+        self._returned: set[str] = set()
+        """Ids of messages that came back and that somebody waits for."""
         self._gone = asyncio.Event()
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -148,7 +115,7 @@ class AmqpLink:
                 await asyncio.wait_for(self._gone.wait(), 5)
             except TimeoutError:
                 logger.warning("broker did not confirm the close", extra={"action": "amqp_close"})
-        self._fail_unconfirmed(LOST)
+        self._confirms.fail(LOST)
         self._ready.clear()
 
     async def publish(self, queue: str, body: bytes, *, message_id: str = "", traceparent: str = "") -> None:
@@ -181,30 +148,22 @@ class AmqpLink:
         """Send; what is returned ends when the broker has it, or fails when it does not say so in time."""
         if self._blocked:
             raise BrokerUnavailable(BLOCKED)
-        tag = self._basic_publish("", queue, body, properties, mandatory)
-        loop = asyncio.get_running_loop()
-        confirmed: asyncio.Future[None] = loop.create_future()
-        self._unconfirmed[tag] = confirmed
-        timer = loop.call_later(CONFIRM_TIMEOUT_S, self._give_up, confirmed)
-
-        def settled(future: asyncio.Future[None]) -> None:
-            timer.cancel()
-            # Who waits may have gone by the time it fails; asyncio would complain that nobody looked.
-            _ = future.cancelled() or future.exception()
-
-        confirmed.add_done_callback(settled)
-        return confirmed
+        return self._confirms.expect(self._basic_publish("", queue, body, properties, mandatory))
 
     def send(self, queue: str, body: bytes) -> None:
         """Send to a queue that may be gone, without waiting; `on_return` hears of one that is."""
         self._basic_publish("", queue, body, pika.BasicProperties(delivery_mode=1), mandatory=True)
 
-    async def settle(self, queue: str, body: bytes) -> None:
-        """`send`, and wait until the broker has dealt with it: `on_return` has heard by then if the queue is gone.
-
-        Raises BrokerUnavailable.
-        """
-        await self._confirmed(queue, body, pika.BasicProperties(delivery_mode=1), mandatory=True)
+    async def settle(self, queue: str, body: bytes) -> bool:
+        """`send`, and wait until the broker has dealt with it: whether the queue was there. `on_return` has heard by
+        then if not. Raises BrokerUnavailable."""
+        message_id = uuid.uuid4().hex
+        properties = pika.BasicProperties(message_id=message_id, delivery_mode=1)
+        try:
+            await self._confirmed(queue, body, properties, mandatory=True)
+            return message_id not in self._returned
+        finally:
+            self._returned.discard(message_id)
 
     def broadcast(self, exchange: str, body: bytes) -> None:
         self._basic_publish(exchange, "", body, pika.BasicProperties(delivery_mode=1), mandatory=False)
@@ -217,7 +176,7 @@ class AmqpLink:
             raise BrokerUnavailable(LOST)
         channel.basic_publish(exchange, routing_key, body, properties, mandatory=mandatory)
         metrics.amqp_messages.inc()
-        return next(self._tags)
+        return self._confirms.sent()
 
     def ack(self, delivery: Delivery, *, through: bool = False) -> None:
         """Done with it, and with `through` with all that this link was delivered before it and has not settled.
@@ -372,9 +331,16 @@ class AmqpLink:
             channel.add_on_close_callback(on_channel_closed)
             # The broker cancels a consumer whose queue is gone: connect anew, and declare it again.
             channel.add_on_cancel_callback(lambda _frame: channel.connection.close())
-            channel.add_on_return_callback(lambda _ch, method, _props, _body: self._on_return(method.routing_key))
+            channel.add_on_return_callback(on_returned)
             channel.confirm_delivery(self._on_confirm, callback=on_confirms)
             self._channel = channel
+
+        def on_returned(
+            _ch: Channel, method: spec.Basic.Return, properties: pika.BasicProperties, _body: bytes
+        ) -> None:
+            if properties.message_id:
+                self._returned.add(properties.message_id)
+            self._on_return(method.routing_key)
 
         def on_confirms(_frame: object) -> None:
             if not opened.done():
@@ -400,7 +366,9 @@ class AmqpLink:
         )
         connection.add_on_connection_blocked_callback(lambda _c, f: self._set_blocked(True, f.method.reason))
         connection.add_on_connection_unblocked_callback(lambda _c, _f: self._set_blocked(False))
-        self._connection, self._tags, self._blocked = connection, itertools.count(1), False
+        self._connection, self._blocked = connection, False
+        self._confirms.begin()
+        self._returned.clear()
         try:
             await asyncio.wait_for(asyncio.shield(opened), CONNECT_TIMEOUT_S)
             await self._setup(self)
@@ -413,43 +381,16 @@ class AmqpLink:
     def _set_blocked(self, blocked: bool, reason: str = "") -> None:
         self._blocked = blocked
         if blocked:
-            self._fail_unconfirmed(BLOCKED)
+            self._confirms.fail(BLOCKED)
         logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked, "reason": reason})
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method
-        if method.multiple:
-            tags = [tag for tag in self._unconfirmed if tag <= method.delivery_tag]
-        else:
-            tags = [method.delivery_tag]
-        for tag in tags:
-            confirmed = self._unconfirmed.pop(tag, None)
-            if confirmed is None or confirmed.done():
-                continue
-            if isinstance(method, spec.Basic.Ack):
-                confirmed.set_result(None)
-            else:
-                confirmed.set_exception(
-                    QueueFull("The queue of this model is full. Try again shortly.", retry_after_s=1)
-                )
+        taken = isinstance(method, spec.Basic.Ack)
+        self._confirms.told(method.delivery_tag, multiple=method.multiple, taken=taken)
 
     def _lose(self) -> None:
         self._ready.clear()
         self._channel = None
-        self._fail_unconfirmed(LOST)
+        self._confirms.fail(LOST)
         self._on_lost()
-
-    def _fail_unconfirmed(self, why: str) -> None:
-        """Whether the broker has them nobody knows; the receivers tell a second copy by its id."""
-        unconfirmed, self._unconfirmed = self._unconfirmed, {}
-        for confirmed in unconfirmed.values():
-            if not confirmed.done():
-                confirmed.set_exception(BrokerUnavailable(why))
-
-    def _give_up(self, confirmed: asyncio.Future[None]) -> None:
-        """Its place among the unconfirmed is kept: the broker may still tell of it."""
-        if not confirmed.done():
-            logger.warning(
-                "message not confirmed", extra={"action": "amqp_unconfirmed", "unconfirmed": len(self._unconfirmed)}
-            )
-            confirmed.set_exception(BrokerUnavailable(UNCONFIRMED))

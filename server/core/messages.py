@@ -180,7 +180,8 @@ class Ask:
 
     state   one result, a `RequestState`
     cancel  the same, after the request has been stopped
-    events  a chunk with the `Head` of a kept answer, a chunk for each event of it beyond `after`, and done
+    events  a chunk with the `Head` of a kept answer, a chunk for each event of it beyond `after`, and done; the server
+            whose reply queue is `owner` says done at once where it does not have it
     leave   nothing: who asked for events under this `id` is gone
     """
 
@@ -190,6 +191,7 @@ class Ask:
     reply_to: str
     what: Literal["state", "cancel", "events", "leave"]
     after: int = 0
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,22 +192,23 @@ class Store:
         )
 
     async def find_request(self, key_id: int, request_ids: Sequence[str]) -> Row | None:
-        """The finished request of this key that has one of these ids: `message` is a chat's answer."""
+        """The finished request of this key that has one of these ids: `messages` are a chat's."""
         rows = await self._rows("find_request", {"key_id": key_id, "request_ids": list(request_ids)})
         return rows[0] if rows else None
 
-    async def claim_answer(self, key_id: int, name: str, fingerprint: bytes, claim: tuple[str, float]) -> Row:
-        """Claim an Idempotency-Key, by a request's id and for so many seconds, unless it is claimed already: a row of
-        the `request_id` and `fingerprint` that it stands for now."""
-        request_id, ttl_s = claim
+    async def claim_answer(self, key_id: int, name: str, fingerprint: bytes, claim: tuple[str, str, float]) -> Row:
+        """Claim an Idempotency-Key, by a request's id, for the server with this reply queue and for so many seconds,
+        unless it is claimed already: a row of the `request_id` and `fingerprint` that it stands for now."""
         parameters = {"key_id": key_id, "name": name, "fingerprint": fingerprint}
+        parameters |= dict(zip(("request_id", "owner", "ttl_s"), claim, strict=True))
         while True:
-            if rows := await self._rows("claim_answer", parameters | {"request_id": request_id, "ttl_s": ttl_s}):
+            if rows := await self._rows("claim_answer", parameters):
                 return rows[0]  # none, where another request claimed it at the same moment
 
-    async def take_over_answer(self, request_id: str, by: str) -> bool:
-        """Let another request make an answer that was never whole; whether that was still to be had."""
-        return bool(await self._execute("take_over_answer", {"request_id": request_id, "by": by}))
+    async def take_over_answer(self, request_id: str, by: str, owner: str) -> bool:
+        """Let another request make an answer that was never whole, at the server with this reply queue; whether that
+        was still to be had."""
+        return bool(await self._execute("take_over_answer", {"request_id": request_id, "by": by, "owner": owner}))
 
     async def save_answer(self, request_id: str, head: bytes, events: list[bytes]) -> None:
         """`head` is JSON."""
@@ -218,7 +219,7 @@ class Store:
         await self._execute("release_answer", {"request_id": request_id})
 
     async def find_answer(self, key_id: int, request_id: str) -> Row | None:
-        """A whole answer of this key: `head` and `events`."""
+        """An answer of this key: `owner`, `head` and `events`, the latter two None until it is whole."""
         rows = await self._rows("find_answer", {"key_id": key_id, "request_id": request_id})
         return rows[0] if rows else None
 

@@ -1,7 +1,8 @@
 """Thin handlers, a module a subject."""
 
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Depends, Header
 from pydantic import BaseModel
 
 from server.schemas.dialects import AnthropicError, OpenAIError
@@ -41,3 +42,67 @@ def streaming(what: str) -> Responses:
         "required": ["data"],
     }
     return {200: {"content": {"text/event-stream": {"schema": schema}}}}
+
+
+def _idempotency_key(
+    given: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            pattern=r"^[ -~]{1,255}$",
+            description="Any text of your own: the request is made once, and sent again with it gets the same answer",
+        ),
+    ] = None,
+) -> None:
+    """For the document: server/kept.py reads it."""
+
+
+def _last_event_id(
+    given: Annotated[
+        str | None,
+        Header(
+            alias="Last-Event-ID",
+            pattern=r"^[0-9]{1,9}$",
+            description="The last event that was received of this answer: only what comes after it is sent",
+        ),
+    ] = None,
+) -> None:
+    """For the document: server/kept.py reads it."""
+
+
+def _session_id(
+    given: Annotated[
+        str | None,
+        Header(
+            alias="X-Session-Id",
+            pattern=r"^[!-~]{1,128}$",
+            description="Groups chats; made if left out",
+        ),
+    ] = None,
+) -> None:
+    """For the document: server/dialects/relay.py reads it."""
+
+
+def _client_request_id(
+    given: Annotated[
+        str | None,
+        Header(alias="X-Client-Request-Id", description="Any text of your own, which comes back and is logged"),
+    ] = None,
+) -> None:
+    """For the document: server/middleware.py reads it."""
+
+
+NAMED = [Depends(_client_request_id)]
+"""What any request may say."""
+RESUMED = [Depends(_last_event_id)]
+FAILURES_ONCE = {
+    404: "No answer that Last-Event-ID could go on with, or no such model",
+    422: "The Idempotency-Key stands for another request",
+    499: "The request was stopped by DELETE /v1/requests/{request_id}",
+}
+
+
+def made_once(error: type[BaseModel], answer: Responses | None = None, *, in_session: bool = True) -> dict[str, Any]:
+    """For routes that generate or embed: the headers that they heed, and how these fail. `answer` is the 200."""
+    headers = [Depends(_idempotency_key), *RESUMED, *([Depends(_session_id)] if in_session else [])]
+    return {"dependencies": headers, "responses": _documented(error, FAILURES_ONCE) | (answer or {})}

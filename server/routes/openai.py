@@ -5,8 +5,8 @@ from fastapi import APIRouter, Request, Response
 from server.dialects import gateway, kawai, openai, responses
 from server.dialects.relay import json_response
 from server.keyed import KeyedRoute
-from server.routes import KEYED_OPENAI, streaming
-from server.schemas.dialects import ChatCompletion, Completion, EmbeddingList, Model, ModelList
+from server.routes import KEYED_OPENAI, made_once, streaming
+from server.schemas.dialects import ChatCompletion, Completion, EmbeddingList, Model, ModelList, OpenAIError
 from server.schemas.dialects import Response as ResponseObject
 from server.schemas.openai import ChatCompletionsRequest, CompletionsRequest, EmbeddingsRequest
 from server.schemas.responses import ResponsesRequest
@@ -14,27 +14,30 @@ from server.schemas.responses import ResponsesRequest
 router = APIRouter(tags=["OpenAI"], route_class=KeyedRoute, responses=KEYED_OPENAI)
 
 CHUNKS = streaming("A chat.completion.chunk as JSON, at last [DONE]")
+TEXTS = streaming("A text_completion as JSON, or [DONE]")
+EVENTS = streaming("A response event as JSON")
+PIECES = streaming('`{"content": "…"}`')
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=CHUNKS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, **made_once(OpenAIError, CHUNKS))
 async def chat_completions(request: Request, body: ChatCompletionsRequest) -> Response:
     """A chat completion."""
     return await openai.chat(request, body)
 
 
-@router.post("/v1/completions", response_model=Completion, responses=streaming("A text_completion as JSON, or [DONE]"))
+@router.post("/v1/completions", response_model=Completion, **made_once(OpenAIError, TEXTS))
 async def completions(request: Request, body: CompletionsRequest) -> Response:
     """A completion of plain text, without a chat template."""
     return await openai.completions(request, body)
 
 
-@router.post("/v1/responses", response_model=ResponseObject, responses=streaming("A response event as JSON"))
+@router.post("/v1/responses", response_model=ResponseObject, **made_once(OpenAIError, EVENTS))
 async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """A response. Nothing is stored: the conversation comes in `input`."""
     return await responses.respond(request, body)
 
 
-@router.post("/v1/embeddings", response_model=EmbeddingList)
+@router.post("/v1/embeddings", response_model=EmbeddingList, **made_once(OpenAIError, in_session=False))
 async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     """Vectors of texts, or of lists of token ids."""
     return await openai.embeddings(request, body)
@@ -56,13 +59,13 @@ async def model(request: Request, model_id: str) -> Response:
     return json_response(openai.find_model(state.registry, state.started_at, model_id))
 
 
-@router.post("/ai/v1/chat/completions", response_model=ChatCompletion, responses=streaming('`{"content": "…"}`'))
+@router.post("/ai/v1/chat/completions", response_model=ChatCompletion, **made_once(OpenAIError, PIECES))
 async def gateway_chat(request: Request, body: ChatCompletionsRequest) -> Response:
     """AI Service V1's chat: streams carry `{"content": "…"}`, and at last [DONE]."""
     return await gateway.chat(request, body)
 
 
-@router.post("/kawai/v1/chat/completions", response_model=ChatCompletion, responses=CHUNKS)
+@router.post("/kawai/v1/chat/completions", response_model=ChatCompletion, **made_once(OpenAIError, CHUNKS))
 async def kawai_chat(request: Request, body: ChatCompletionsRequest) -> Response:
     """A chat completion with Kawai's defaults."""
     return await kawai.chat(request, body)

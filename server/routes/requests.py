@@ -16,7 +16,7 @@ from server.db.store import Row, Store
 from server.dispatch import Dispatcher, ids_of
 from server.kept import Keeper
 from server.keyed import KeyedRoute
-from server.routes import KEYED_OPENAI, streaming
+from server.routes import KEYED_OPENAI, RESUMED, streaming
 from server.schemas.chat import Usage
 from server.schemas.requests import RequestError, RequestInfo
 
@@ -52,7 +52,7 @@ EVENTS = streaming("An event of its dialect")
 EVENTS[200]["content"]["application/json"] = {}  # of a request that is not streamed
 
 
-@router.get("/v1/requests/{request_id}/events", response_class=Response, responses=EVENTS)
+@router.get("/v1/requests/{request_id}/events", response_class=Response, responses=EVENTS, dependencies=RESUMED)
 async def resume_request(request: Request, request_id: str) -> Response:
     """The answer of a request that had an `Idempotency-Key`: all of it, or what comes after `Last-Event-ID`."""
     _key_of(request, request_id)
@@ -111,7 +111,7 @@ def _finished(row: Row, request_id: str) -> RequestInfo:
         created_at=row["created_at"],
         finish_reason=row["finish_reason"] or None,
         usage=Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion),
-        message=row["message"],
+        message=row["messages"][-1] if row["messages"] else None,
     )
 
 

@@ -22,7 +22,6 @@ def test_the_document_promises_what_the_server_does(stack: Stack) -> None:
         "/v1/messages",
         "/ai/v1/chat/completions",
     } <= set(document["paths"])
-    assert all("422" not in op["responses"] for path in document["paths"].values() for op in path.values())
     # When requests are generated from it, good and bad ones, on every path
     done = subprocess.run(
         [

@@ -3,8 +3,10 @@
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from server.errors import PREFIX
 from tests.faults.guarded import Guarded, guarded_service
 from tests.faults.rig import Rig, Stores, rig, sharing, stores
 from tests.stack import Stack, whole_stack
@@ -49,6 +51,15 @@ async def guarded(tmp_path_factory: pytest.TempPathFactory, shared: Stores) -> A
     folder = tmp_path_factory.mktemp("guarded")
     async with sharing(folder, shared) as parts, guarded_service(parts) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def paths(guarded: Guarded) -> list[str]:
+    """Every path that takes a POST, and one under the prefix."""
+    document = httpx.get(f"{guarded.url}/openapi.json", trust_env=False).json()["paths"]
+    found = [path for path, methods in document.items() if "post" in methods]
+    assert {"/chat", "/chat/similar", "/v1/chat/completions", "/v1/messages/count_tokens"} <= set(found)
+    return [*found, f"{PREFIX}/v1/messages"]
 
 
 @pytest.fixture(scope="session")

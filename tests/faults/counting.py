@@ -1,8 +1,9 @@
 """A worker without an engine that counts from 0, a number a token, until it is stopped, and that can be halted.
 
+It speaks every dialect, and says after "say " what it was told to, as one token.
 `python -m tests.faults.counting --model ID --slots N`. The file named by BEGUN gets a line for each job it begins: what
-was asked. Asked with a temperature and without a seed, it counts from its own process id: what is sampled differs from
-one run to the next as well.
+was asked; and the one named by STOPPED, for each that was halted, the time. Asked with a temperature and without a seed, it
+counts from its own process id: what is sampled differs from one run to the next as well.
 """
 
 import argparse
@@ -12,11 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
-
 from server.core import logging as json_logging
 from server.core.messages import Job, Record, WorkerType
 from server.core.settings import Settings, load_settings
+from tests.faults.dialects import Speaker, asked, most
 from workers.base import Answer, Worker
 from workers.replies import Reply
 
@@ -40,21 +40,25 @@ class CountingWorker(Worker):
         return True
 
     async def handle(self, job: Job, reply: Reply) -> Answer:
-        _write_down(job.body["messages"][-1]["content"])
+        question = asked(job)
+        _write_down("BEGUN", question.partition("\n")[0])
         head = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": self.model}
-        stream, most = job.body.get("stream"), job.body.get("max_tokens", 10_000)
         first = os.getpid() if job.body.get("temperature") and job.body.get("seed") is None else 0
-        said: list[str] = []
-        while len(said) < most and job.id not in self._halted:
+        speaker, stream = Speaker(job.api, head), job.body.get("stream")
+        said: list[str] = [question[4:]] if question.startswith("say ") else []
+        bound = len(said) or most(job)
+        if stream:
+            for data in [*speaker.begin(), *map(speaker.say, said)]:
+                reply.send("chunk", data)
+        while len(said) < bound and job.id not in self._halted:
             said.append(f" {first + len(said)}")
             if stream:
-                choice = {"index": 0, "delta": {"content": said[-1]}, "finish_reason": None}
-                chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
-                reply.send("chunk", msgspec.json.encode(chunk))
+                reply.send("chunk", speaker.say(said[-1]))
             await asyncio.sleep(0.02)
-        reason = "stop" if len(said) == most else "abort"
+        reason = "stop" if len(said) == bound else "abort"
+        if reason == "abort":
+            _write_down("STOPPED", str(time.time()))
         usage = {"prompt_tokens": 1, "completion_tokens": len(said), "total_tokens": 1 + len(said)}
-        message = {"role": "assistant", "content": "".join(said)}
         record = Record(
             request_id=job.id,
             type="chat",
@@ -66,20 +70,19 @@ class CountingWorker(Worker):
             created_at=job.created_at,
             finished_at=time.time(),
             session_id=job.session_id,
-            messages=[*job.body["messages"], message],
+            messages=[{"role": "user", "content": question}, {"role": "assistant", "content": "".join(said)}],
             finish_reason=reason,
         )
-        if stream:
-            reply.send("usage", msgspec.json.encode({**head, "choices": [], "usage": usage}))
-            return Answer("done", b"", record)
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        whole = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
-        return Answer("result", msgspec.json.encode(whole), record)
+        if not stream:
+            return Answer("result", speaker.whole("".join(said), reason, usage), record)
+        for kind, data in speaker.end(usage):
+            reply.send(kind, data)
+        return Answer("done", b"", record)
 
 
-def _write_down(question: str) -> None:
-    with Path(os.environ["BEGUN"]).open("a") as begun:
-        begun.write(f"{question}\n")
+def _write_down(name: str, line: str) -> None:
+    with Path(os.environ[name]).open("a") as written:
+        written.write(f"{line}\n")
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """A service whose worker counts (tests/faults/counting.py), and what is done with it."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import httpx
 
 from server.process import Child
+from tests.faults.dialects import text_in
 from tests.faults.rig import MODEL, Rig, until
 
 
@@ -27,13 +27,21 @@ class Life:
 
     def begun(self) -> list[str]:
         """What was asked in the jobs that a worker has begun."""
-        path = self.parts.folder / "begun"
+        return self._written("begun")
+
+    def stopped(self) -> list[float]:
+        """When each job was stopped that a worker had begun, in Unix seconds."""
+        return [float(line) for line in self._written("stopped")]
+
+    def _written(self, name: str) -> list[str]:
+        path = self.parts.folder / name
         return path.read_text().splitlines() if path.exists() else []
 
     async def new_worker(self, slots: int = 8) -> Child:
         """Counts, as soon as it is heard of."""
         argv = ("tests.faults.counting", "--model", MODEL, "--slots", str(slots))
-        child = await self.parts.run("counting", *argv, BEGUN=str(self.parts.folder / "begun"), **self.settings)
+        files = {name.upper(): str(self.parts.folder / name) for name in ("begun", "stopped")}
+        child = await self.parts.run("counting", *argv, **files, **self.settings)
         await until(self.ready)
         return child
 
@@ -110,15 +118,13 @@ class Event:
 
     @property
     def text(self) -> str:
-        if self.data == "[DONE]":
-            return ""
-        choices = json.loads(self.data).get("choices") or []
-        return str(choices[0]["delta"].get("content") or "") if choices else ""
+        return text_in(self.data)
 
 
 async def events(response: httpx.Response) -> AsyncIterator[Event]:
     """The events of a stream, as the standard has them; comments are left out."""
-    id_, data = "", []
+    id_ = ""
+    data: list[str] = []
     async for line in response.aiter_lines():
         field, _, value = line.partition(":")
         if not line and data:

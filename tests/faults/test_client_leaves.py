@@ -4,50 +4,59 @@ import asyncio
 import os
 import signal
 import time
+from typing import Any
 
 import httpx
 import pytest
 
+from tests.faults.dialects import STREAMING, body_of
 from tests.faults.life import CHAT, Life, events, life, numbers, say
 from tests.faults.rig import Rig, until
 
 STOPPED_S = 1.0
 
 
-async def stopped(running: Life) -> float:
-    """Seconds until no worker has a job in hand."""
-    began = time.monotonic()
+async def stopped(running: Life, since: float, count: int = 1) -> None:
+    """So many jobs are stopped within a second of this time, as their worker has it."""
+    await until(lambda: len(running.stopped()) == count)
+    assert max(running.stopped()) - since < STOPPED_S
     await until(lambda: _idle(running))
-    return time.monotonic() - began
 
 
 async def _idle(running: Life) -> bool:
     return await running.running() == 0
 
 
-async def recorded(running: Life) -> int:
-    """Tokens of the one chat, which was cancelled; it is billed for what it holds."""
-    (entry,) = await until(running.history)
-    assert entry["finish_reason"] == "cancelled"
-    count: int = entry["usage"]["completion_tokens"]
-    assert entry["messages"][-1] == {"role": "assistant", "content": numbers(count)}
-    assert await running.usage() == (1, 1 + count)
-    return count
+async def recorded(running: Life, count: int = 1) -> list[int]:
+    """Tokens of each of so many chats, all cancelled; each is billed for what it holds."""
+    entries = await until(lambda: _history(running, count))
+    made = [entry["usage"]["completion_tokens"] for entry in entries]
+    assert [entry["finish_reason"] for entry in entries] == ["cancelled"] * count
+    said = [entry["messages"][-1] for entry in entries]
+    assert said == [{"role": "assistant", "content": numbers(tokens)} for tokens in made]
+    assert await running.usage() == (count, count + sum(made))
+    return made
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_leaves_while_its_answer_is_made(parts: Rig, stream: bool) -> None:
+async def test_clients_leave_while_their_answers_are_made(parts: Rig, stream: bool) -> None:
     async with life(parts) as running:
-        # Given an answer in the making
-        asking = asyncio.create_task(running.client.post(CHAT, json=say("count", stream=stream)))
-        await until(running.begun)
+        # Given an answer in the making in each dialect
+        asking = [
+            asyncio.create_task(running.client.post(path, json=body_of(path, path, stream=stream)))
+            for path in STREAMING
+        ]
+        await until(lambda: len(running.begun()) == len(STREAMING))
         await asyncio.sleep(1)
-        # When its client leaves
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
-        # Then it is stopped within a second, and recorded and billed as far as it came
-        assert await stopped(running) < STOPPED_S
-        assert 10 <= await recorded(running) <= 150
+        # When their clients leave
+        for task in asking:
+            task.cancel()
+        left = time.time()
+        await asyncio.gather(*asking, return_exceptions=True)
+        # Then they are stopped within a second, and recorded and billed as far as they came
+        await stopped(running, left, len(STREAMING))
+        made = await recorded(running, len(STREAMING))
+        assert all(10 <= tokens <= 150 for tokens in made)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -57,22 +66,24 @@ async def test_a_server_is_killed_while_an_answer_is_made(parts: Rig, stream: bo
         await until(running.begun)
         await asyncio.sleep(1)
         os.kill(running.servers[0].process.pid, signal.SIGKILL)
-        assert await stopped(running) < STOPPED_S
-        assert 10 <= await recorded(running) <= 150
+        await stopped(running, time.time())
+        (made,) = await recorded(running)
+        assert 10 <= made <= 150
         with pytest.raises(httpx.TransportError):
             await asking
 
 
 async def test_a_client_leaves_while_it_is_queued(parts: Rig) -> None:
     async with life(parts, slots=1) as running:
-        # Given a worker that has its hands full, and two requests that wait for it
+        # Given a worker that has its hands full, and requests in each dialect that wait for it
         holding = asyncio.create_task(running.client.post(CHAT, json=say("hold", stream=True)))
         await until(running.begun)
         waiting = [
-            asyncio.create_task(running.client.post(CHAT, json=say(name, stream=stream)))
-            for name, stream in (("streamed", True), ("whole", False))
+            asyncio.create_task(running.client.post(path, json=body_of(path, path, stream=stream)))
+            for path in STREAMING
+            for stream in (True, False)
         ]
-        await until(lambda: _queued(running, 2))
+        await until(lambda: _queued(running, len(waiting)))
         # When all their clients leave, and another comes
         for task in (*waiting, holding):
             task.cancel()
@@ -124,19 +135,21 @@ async def test_an_answer_that_takes_too_long_is_recorded_as_far_as_it_came(parts
         async with parts.client(url) as client:
             answer = await client.post(CHAT, json=say("count"))
             assert answer.status_code == 504
-            assert 10 <= await recorded(running) <= 150
+            (made,) = await recorded(running)
+            assert 10 <= made <= 150
             # And streamed it ends with an event that says so
             async with client.stream("POST", CHAT, json=say("count", stream=True)) as response:
                 told = [event.data async for event in events(response)]
+                ended = time.time()
         assert "before its deadline" in told[-1]
         assert len(told) > 10
-        assert await stopped(running) < STOPPED_S
+        await stopped(running, ended, 2)
 
 
 async def _queued(running: Life, count: int) -> bool:
     return await running.queued() == count
 
 
-async def _history(running: Life, count: int) -> list[dict[str, object]] | None:
+async def _history(running: Life, count: int) -> list[dict[str, Any]] | None:
     entries = await running.history()
     return entries if len(entries) >= count else None

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -16,12 +16,18 @@ import orjson
 import pytest
 
 from server.private import free_port
+from tests.faults.dialects import STREAMING, body_of
 from tests.stack import PROJECT, Stack, addresses, eventually, second_server
 
 LONG: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True, "temperature": 0}
 QUESTION = "What is the capital of France?"
 CHAT = "/v1/chat/completions"
 STOPPED_S = 1.0
+LOOKED_S = 1.0
+"""What it may take to see that from here, on two cores that others use too."""
+NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 1500}
+FORM = {"type": "object", "properties": {"n": NUMBERS}, "required": ["n"], "additionalProperties": False}
+"""Of answers that do not end before their bound."""
 
 
 def ask(**fields: Any) -> dict[str, Any]:
@@ -36,20 +42,38 @@ def client(stack: Stack, request: pytest.FixtureRequest) -> Iterator[httpx.Clien
         yield made
 
 
+def endless(path: str) -> dict[str, Any]:
+    """A request of this dialect for an answer that goes on until it is stopped."""
+    body = body_of(path, QUESTION, LONG["max_tokens"], model="qwen3-smoke", stream=True)
+    if path == "/chat":  # has no way to say so, but to forbid the tokens that were there, the end among them
+        return body | {"temperature": 0, "repeat_penalty": 10}
+    if path == "/v1/messages":
+        return body | {"output_config": {"format": {"type": "json_schema", "schema": FORM}}}
+    if path == "/v1/responses":
+        form = {"type": "json_schema", "name": "numbers", "schema": FORM, "strict": True}
+        return body | {"text": {"format": form}, "reasoning": {"effort": "none"}}
+    return body | LONG
+
+
 def in_engine(stack: Stack) -> float:
     """How many requests vLLM has, running or waiting."""
+    counts = told_by_engine(stack, r"num_requests_(?:running|waiting)")
+    assert len(counts) >= 2
+    return sum(counts)
+
+
+def told_by_engine(stack: Stack, name: str) -> list[float]:
+    """What vLLM's metrics of this name say."""
     workers = httpx.get(f"{stack.url}/health").json()["workers"]
     (port,) = (worker["metrics_port"] for worker in workers if worker["type"] == "chat")
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE)
-    assert len(counts) >= 2
-    return sum(map(float, counts))
+    return [float(count) for count in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)]
 
 
 def stops(stack: Stack) -> None:
     began = time.monotonic()
     eventually(lambda: in_engine(stack) == 0)
-    assert time.monotonic() - began < STOPPED_S
+    assert time.monotonic() - began < STOPPED_S + LOOKED_S
 
 
 def check_recorded(client: httpx.Client, seen: str = "") -> None:
@@ -77,6 +101,41 @@ def read_some(lines: Iterator[str], count: int = 40) -> str:
         if not count:
             break
     return said
+
+
+@pytest.mark.parametrize("how", ["left", "deleted"])
+def test_streams_of_every_dialect_stop(stack: Stack, client: httpx.Client, how: str) -> None:
+    (before,) = told_by_engine(stack, "generation_tokens_total")
+    with ExitStack() as opened:
+        # Given a stream in each dialect
+        streams = []
+        for path in STREAMING:
+            response = opened.enter_context(client.stream("POST", path, json=endless(path)))
+            assert response.status_code == 200, response.read()
+            streams.append((response, response.iter_lines()))
+        for _, lines in streams:
+            for _ in range(20):
+                next(lines)
+        eventually(lambda: in_engine(stack) == len(STREAMING))
+        # When they are stopped by their ids, or their clients leave
+        if how == "deleted":
+            with client_again(client) as other:
+                for response, _ in streams:
+                    answer = other.delete(f"/v1/requests/{response.headers['x-request-id']}")
+                    assert answer.json()["status"] == "cancelled"
+            stops(stack)
+            for _, lines in streams:
+                assert "cancelled" in "".join(lines)
+    # Then the engine stops, and all that it has made for them, and no more, is recorded and billed
+    stops(stack)
+    entries = eventually(lambda: len(found := client.get("/chat/history").json()) == len(STREAMING) and found)
+    assert {entry["finish_reason"] for entry in entries} == {"cancelled"}
+    made = sum(entry["usage"]["completion_tokens"] for entry in entries)
+    assert all(0 < entry["usage"]["completion_tokens"] < LONG["max_tokens"] for entry in entries)
+    assert made == told_by_engine(stack, "generation_tokens_total")[0] - before
+    used = client.get("/usage").json()
+    assert used["total_requests"] == len(STREAMING)
+    assert used["total_tokens"] == sum(entry["usage"]["total_tokens"] for entry in entries)
 
 
 def test_a_client_leaves_its_stream(stack: Stack, client: httpx.Client) -> None:

@@ -78,13 +78,37 @@ def test_what_is_no_text_is_refused(stack: Stack, path: str, wrong: bytes) -> No
     assert "JSON" in answer.text or "UTF-8" in answer.text
 
 
-def test_such_texts_are_embedded_and_searched_for(stack: Stack) -> None:
-    with stack.client() as client:
+def test_such_texts_are_embedded_and_found_as_they_were(stack: Stack) -> None:
+    with stack.client(stack.new_key("hostile texts")) as client:
         answer = client.post("/embeddings", json={"input": list(TEXTS.values())})
         assert answer.status_code == 200
         assert len(answer.json()["data"]) == len(TEXTS)
-        for text in TEXTS.values():
-            assert client.post("/chat/similar", json={"query": text}).status_code == 200
+        # Given chats of theirs, with the whole of what was asked in the answer
+        for name, text in TEXTS.items():
+            session = name.replace(" ", "-")
+            body = body_of("/chat", text) | {"session_id": session, "return_prompt": True}
+            made = client.post("/chat", json=body, headers={"Idempotency-Key": session})
+            assert text in made.json()["prompt"]
+            # Then the answer that was kept is that one
+            again = client.post("/chat", json=body, headers={"Idempotency-Key": session})
+            assert (again.content, again.headers["idempotent-replayed"]) == (made.content, "true")
+            # And its request is known with what was answered
+            where = f"/v1/requests/{made.headers['x-request-id']}"
+            known = eventually(lambda where=where: client.get(where).json()["message"])
+            assert known["content"] == made.json()["choices"][0]["message"]["content"]
+        # And whoever searches finds each as it was said
+        for name, text in TEXTS.items():
+            eventually(partial(_found, client, text, name.replace(" ", "-")))
+
+
+def _found(client: httpx.Client, text: str, session: str) -> bool:
+    answer = client.post("/chat/similar", json={"query": text, "limit": 100, "threshold": 0})
+    assert answer.status_code == 200
+    said = {chat["session_id"]: chat["messages"][0]["content"] for chat in answer.json()}
+    if session not in said:
+        return False
+    assert said[session] == text
+    return True
 
 
 def test_no_log_has_any_of_it(stack: Stack) -> None:

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from server.core import amqp, topology
+from server.core import confirms, topology
 from server.core.amqp import AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable, PayloadTooLarge, QueueFull
 from tests.faults.broker import Proxy
@@ -107,6 +107,10 @@ async def test_what_cannot_be_routed_is_told(amqp_url: str) -> None:
     await link.start()
     link.send("replies.nobody", b"x")
     await until(lambda: gone == ["replies.nobody"])
+    # And who waits for it knows which of its messages that was
+    await link.declare_queue(name := f"test-{secrets.token_hex(4)}", exclusive=True)
+    there = await asyncio.gather(*(link.settle(queue, b"x") for queue in ("replies.nobody", name) * 3))
+    assert there == [False, True] * 3
     await link.close()
 
 
@@ -132,7 +136,7 @@ async def declared(link: AmqpLink, name: str) -> None:
 
 async def test_a_silent_broker_is_an_error_in_time(amqp_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a broker that confirms nothing, and lives
-    monkeypatch.setattr(amqp, "CONFIRM_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(confirms, "CONFIRM_TIMEOUT_S", 0.3)
     name = f"test-{secrets.token_hex(4)}"
     proxy = Proxy(amqp_url)
     await proxy.start()
@@ -143,7 +147,7 @@ async def test_a_silent_broker_is_an_error_in_time(amqp_url: str, monkeypatch: p
     with pytest.raises(BrokerUnavailable, match="in time"):
         await link.publish(name, b"first")
     proxy.heal()
-    await until(lambda: not link._unconfirmed)
+    await until(lambda: not link._confirms)
     await link.publish(name, b"second")
     await link.close()
     await proxy.stop()

@@ -5,9 +5,10 @@ import asyncio
 import orjson
 import pytest
 
+from server.answers import Kept, Log
 from server.core.errors import AnswerLost, InvalidRequest
 from server.core.messages import Head
-from server.kept import Kept, Log, _fingerprint, _key_of, last_event_id
+from server.kept import _fingerprint, _key_of, last_event_id
 from tests.unit.fake_requests import request_of
 
 HEAD = Head(200, {}, "text/event-stream", ": keep-alive\n\n")

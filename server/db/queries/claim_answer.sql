@@ -1,8 +1,9 @@
 WITH mine AS (
-    INSERT INTO kept_answers AS k (key_id, idempotency_key, request_id, fingerprint, expires_at)
-    VALUES (%(key_id)s, %(name)s, %(request_id)s, %(fingerprint)s, now() + make_interval(secs => %(ttl_s)s))
+    INSERT INTO kept_answers AS k (key_id, idempotency_key, request_id, owner, fingerprint, expires_at)
+    VALUES (%(key_id)s, %(name)s, %(request_id)s, %(owner)s, %(fingerprint)s, now() + make_interval(secs => %(ttl_s)s))
     ON CONFLICT (key_id, idempotency_key) DO UPDATE SET
         request_id = excluded.request_id,
+        owner = excluded.owner,
         fingerprint = excluded.fingerprint,
         expires_at = excluded.expires_at,
         head = NULL,

@@ -1,1 +1,1 @@
-UPDATE kept_answers SET request_id = %(by)s WHERE request_id = %(request_id)s AND head IS NULL
+UPDATE kept_answers SET request_id = %(by)s, owner = %(owner)s WHERE request_id = %(request_id)s AND head IS NULL

@@ -140,7 +140,7 @@ class Worker(ABC):
             while not (stopped.done() or died.done()):
                 await asyncio.wait({stopped, died}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
                 self._look_after()
-                await self._intake.narrow()
+                self._intake.narrow()
             if self._died.is_set():
                 logger.critical("engine died", extra={"action": "engine_died", "model": self.model})
                 await self._intake.close()

@@ -217,9 +217,7 @@ class Intake:
     async def close(self) -> None:
         """Take nothing more, and leave what waits to others."""
         self.closed = True
-        for tag in self._consumers + self._wider:
-            with contextlib.suppress(BrokerUnavailable):  # then it ended with its connection
-                await self.consumer.cancel_consumer(tag)
+        await self._cancel(self._consumers + self._wider)
         await asyncio.gather(*(self._pass_on(run) for run in self._clear()))
 
     async def _pass_on(self, run: Run) -> None:
@@ -263,14 +261,17 @@ class Intake:
             take = partial(self.take, self.retries)
             self._wider.append(await self.consumer.consume(self.retries.queue, take, count))
 
-    async def narrow(self) -> None:
+    def narrow(self) -> None:
         """Few at once again, where there are no retries any more; asked once a second."""
         if self._wider and not any(run.source is self.retries for run in self.runs.values()):
             wider, self._wider = self._wider, []
             self._at_once, self._survived = isqrt(self.slots["interactive"].count), 0
-            for tag in wider:
-                with contextlib.suppress(BrokerUnavailable):
-                    await self.consumer.cancel_consumer(tag)
+            self._widening = asyncio.create_task(self._cancel(wider))
+
+    async def _cancel(self, consumers: list[str]) -> None:
+        for tag in consumers:
+            with contextlib.suppress(BrokerUnavailable):  # then it ended with its connection
+                await self.consumer.cancel_consumer(tag)
 
     def count(self) -> None:
         self._beacon.waiting = sum(len(slots.turns) for slots in self.slots.values())

@@ -232,7 +232,8 @@ async def test_few_retries_are_run_at_once_and_more_as_they_end_well(worker: Cou
     # Four, then eight, then sixteen: never more than there are slots
     assert worker.link.consumed == [(retries, 4), (retries, 8)]
     # And four again once there are no more
-    await worker._intake.narrow()
+    worker._intake.narrow()
+    await settle()
     assert worker.link.cancelled == [f"{retries} 4", f"{retries} 8"]
 
 

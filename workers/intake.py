@@ -38,7 +38,7 @@ MOVE_RETRY_S = 1.0
 
 class Intake:
     """`runs` are the jobs in hand by id, waiting ones included; `begin` does one of them, and calls `ended`. `refuse`
-    says of a job that comes why it is not to be done, if it is not."""
+    stops one that comes and is not to be done. Once `closed`, nothing is taken any more."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Intake:
         self.runs: dict[str, Run] = {}
         self.slots: dict[Lane, Slots] = {}
         self.consumer, self.publisher = consumer, publisher
+        self.closed = False
         self._beacon = beacon
         self._begin = begin
         self._refuse = refuse
@@ -62,7 +63,6 @@ class Intake:
         self._survived = 0
         self._wider: list[str] = []
         self._widening: asyncio.Task[None] | None = None
-        self.closed = False
         model = beacon.model
         suspects = Source(topology.suspects_queue(model), None, topology.TRIES_ALONE)
         retries = Source(topology.retries_queue(model), None, topology.TRIES_FEW, suspects.queue)

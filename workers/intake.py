@@ -132,8 +132,9 @@ class Intake:
     def _take_again(self, run: Run, source: Source, delivery: Delivery) -> None:
         """A job that is in hand."""
         if run.delivery.channel is delivery.channel:
-            logger.error("second job of one id", extra={"action": "decode", "request_id": run.job.id})
-            self.consumer.reject(delivery, requeue=False)
+            # A second copy: its worker was lost between moving it and acking it where it was.
+            logger.warning("second job of one id", extra={"action": "copy", "request_id": run.job.id})
+            self.consumer.ack(delivery)
         elif not run.dropped and source is run.source and delivery.attempt <= run.delivery.attempt + 1:
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             run.ours.set()

@@ -20,7 +20,7 @@ BIN_S = 5.0
 LONGEST = 4096
 """Tokens of a prompt, and of an answer: half of models.yaml's context_length."""
 LOOKAHEAD = 1024
-"""Jobs a worker takes besides those it runs (workers/base.py)."""
+"""Jobs a worker takes besides those it runs (workers/intake.py)."""
 
 Floats = NDArray[np.float64]
 

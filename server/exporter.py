@@ -59,7 +59,8 @@ async def _queues(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetric
         async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             for model in models:
                 queues: dict[str, str] = {lane: topology.jobs_queue(model, lane) for lane in LANES}
-                for lane, queue in {**queues, "suspects": topology.suspects_queue(model)}.items():
+                queues |= {"retries": topology.retries_queue(model), "suspects": topology.suspects_queue(model)}
+                for lane, queue in queues.items():
                     ready, count = await link.declare_queue(queue, passive=True)
                     # The broker counts what is ready; what workers hold and have not begun waits as well.
                     held = sum(_waiting(worker, lane) for worker in dispatcher.fleet.workers() if worker.model == model)

@@ -7,6 +7,7 @@ never delays the acks.
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class AmqpLink:
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._blocked = False
+        self.unblocked_at = 0.0
+        """When the broker, as far as it said so, last began to read again, in Unix seconds."""
         self._closing = False
         self._was_ready = False
         self._refusal: BadSettings | None = None
@@ -183,15 +186,16 @@ class AmqpLink:
 
         After a reconnection this does nothing: the broker delivers the message again.
         """
-        if self._is_current(delivery):
+        if self.holds(delivery):
             delivery.channel.basic_ack(delivery.tag, multiple=through)
 
     def reject(self, delivery: Delivery, *, requeue: bool) -> None:
         """Give it back (`requeue`), or to the dead letters."""
-        if self._is_current(delivery):
+        if self.holds(delivery):
             delivery.channel.basic_reject(delivery.tag, requeue=requeue)
 
-    def _is_current(self, delivery: Delivery) -> bool:
+    def holds(self, delivery: Delivery) -> bool:
+        """Whether it can still be settled: the connection that it came by is there."""
         return self._channel is not None and delivery.channel is self._channel and bool(self._channel.is_open)
 
     async def declare_jobs(self, model: str, max_length: int) -> None:
@@ -382,6 +386,8 @@ class AmqpLink:
         self._blocked = blocked
         if blocked:
             self._confirms.fail(BLOCKED)
+        else:
+            self.unblocked_at = time.time()
         logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked, "reason": reason})
 
     def _on_confirm(self, frame: Any) -> None:

@@ -219,20 +219,26 @@ class Inbox:
             if len(body) > topology.MAX_JOB_BYTES:  # JSON may grow: 1e15 is written out
                 raise PayloadTooLarge(f"The request is larger than {topology.MAX_JOB_BYTES} bytes.")
             waiter.sent = True
+            confirmed = self.publisher.publish_soon(queue, body, message_id=job.id, traceparent=job.traceparent)
             try:
                 async with asyncio.timeout(job.deadline - time.time()):
-                    await self.publisher.publish(queue, body, message_id=job.id, traceparent=job.traceparent)
+                    await confirmed
             except TimeoutError as exc:
+                self.cancel(job.id, unwanted=True)
                 raise DeadlineExceeded("The message broker did not take the request in time.") from exc
+            except BrokerUnavailable:
+                self.cancel(job.id, unwanted=True)  # the broker may have it all the same, or read it yet
+                raise
 
     def release(self, request_id: str) -> None:
         if (waiter := self.waiting.pop(request_id, None)) is not None:
             waiter.close()
 
-    def cancel(self, request_id: str) -> None:
-        """Have a job stopped, whichever worker has it, or not begun, whichever takes it."""
+    def cancel(self, request_id: str, *, unwanted: bool = False) -> None:
+        """Have a job stopped, whichever worker has it, or not begun, whichever takes it. Of what is `unwanted` nothing
+        is recorded."""
         try:
-            self.publisher.broadcast(topology.CONTROL, encode(Cancel(request_id)))
+            self.publisher.broadcast(topology.CONTROL, encode(Cancel(request_id, unwanted)))
         except BrokerUnavailable:
             return  # the reply queue is gone too, and the worker stops by that
 
@@ -269,7 +275,8 @@ class Inbox:
                 if waiter.started and not begun:
                     self.on_begun(frame.request_id)
             elif frame.kind == "started":
-                self.cancel(frame.request_id)  # by a worker that was not there to hear it the first time
+                # By a worker that was not there to hear it the first time; or it was refused; or another has answered.
+                self.cancel(frame.request_id, unwanted=True)
 
     def _give_up(self, waiter: Waiter) -> None:
         """Its client is not there to read, and may never be: what it asked for is made no further."""

@@ -167,7 +167,10 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
+    """`unwanted`: the request was refused, or it is over, and what is made of it now belongs to nothing."""
+
     request_id: Name
+    unwanted: bool = False
 
 
 RequestStatus = Literal["queued", "running", "completed", "failed", "cancelled"]

@@ -27,12 +27,16 @@ WATCH = "watch"
 """Whoever runs a broker asks here whether it still takes something. It keeps the last."""
 
 TRIES_TOGETHER = 2
-"""How often a job is tried among others. All jobs in hand of a worker that is lost count a delivery, so that one whose
-worker was lost this often is only under suspicion: twice is bad luck with machines."""
+"""How often a job is delivered from its lane. All that a worker has count one when it is lost, also what only waited
+there, so that it says little of a job; and twice is bad luck with machines."""
+TRIES_FEW = 1
+"""How often it is then begun from the retries, of which a worker has few at once."""
 TRIES_ALONE = 2
 """How often a suspect is tried, one at a time on each worker, before it is taken for poison."""
 _LIMIT_TOGETHER = 2 * TRIES_TOGETHER + 2
-"""Never reached while workers set suspects aside; the broker is to have a limit all the same."""
+"""Never reached while workers move such jobs on; the broker is to have a limit all the same."""
+
+_NO_BOUND = 2**31 - 1
 
 MAX_MESSAGE_BYTES = 12 * 2**20
 """RabbitMQ 4 takes 16 MiB, and closes the channel over more."""
@@ -53,6 +57,10 @@ def jobs_queue(model: str, lane: Lane) -> str:
     return f"jobs.{model}.{lane}.v2"
 
 
+def retries_queue(model: str) -> str:
+    return f"jobs.{model}.retries"
+
+
 def suspects_queue(model: str) -> str:
     return f"jobs.{model}.suspects"
 
@@ -66,6 +74,8 @@ def jobs_queues(model: str, max_length: int) -> dict[str, dict[str, Any]]:
     lanes: tuple[Lane, ...] = ("interactive", "batch")
     return {
         **{jobs_queue(model, lane): _arguments(max_length, _LIMIT_TOGETHER) for lane in lanes},
+        # As many as a worker had may come at once, and all of them were accepted: it refuses none.
+        retries_queue(model): _arguments(_NO_BOUND, _LIMIT_TOGETHER),
         suspects_queue(model): _arguments(max_length, TRIES_ALONE),
     }
 

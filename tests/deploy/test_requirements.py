@@ -24,7 +24,8 @@ SERVER = ["server/**/*.py", "workers/__main__.py", "workers/archive.py", "worker
 SERVER += ["workers/vectors.py"]
 EMBEDDING = ["server/core/*.py", "workers/__main__.py", "workers/base.py", "workers/batching.py", "workers/beacon.py"]
 EMBEDDING += ["workers/embedder.py", "workers/embedding.py", "workers/precision.py", "workers/probe.py"]
-EMBEDDING += ["workers/replies.py", "workers/serving.py", "workers/turns.py"]
+EMBEDDING += ["workers/intake.py", "workers/records.py", "workers/replies.py", "workers/runs.py", "workers/serving.py"]
+EMBEDDING += ["workers/turns.py"]
 STARTS = ["server.__main__", "server.app", "server.processes", "workers.__main__", "workers.archive"]
 
 

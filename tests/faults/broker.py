@@ -62,6 +62,12 @@ class Proxy:
             writer.transport.abort()
         return len(writers)
 
+    def refuse(self) -> None:
+        """Reset every connection, and let no other be made until it is started again."""
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+
     def go_dumb(self) -> None:
         """Pass nothing on and close nothing, as a network does that swallows packets. New connections as well."""
         self._passing.clear()

@@ -2,8 +2,8 @@
 
 It speaks every dialect, and says after "say " what it was told to, as one token.
 `python -m tests.faults.counting --model ID --slots N`. The file named by BEGUN gets a line for each job it begins: what
-was asked; and the one named by STOPPED, for each that was halted, the time. Asked with a temperature and without a seed, it
-counts from its own process id: what is sampled differs from one run to the next as well.
+was asked; and the one named by STOPPED, for each that was halted, the time. Asked with a temperature and without a
+seed, it counts from its own process id: what is sampled differs from one run to the next as well.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +13,7 @@ import httpx
 import pika
 
 from server.core import topology
+from server.core.inbox import Inbox
 from server.core.messages import Job, decode
 from tests.faults.rig import MODEL, Rig, healthy, history, until
 
@@ -71,7 +74,8 @@ async def test_a_job_that_kills_its_worker_each_time(parts: Rig) -> None:
         # And the others have their answers
         assert [status for status, _, _ in answers] == [200] * 12, answers
         # And it was tried no more often than it should
-        await until(lambda: len(ends) >= topology.TRIES_TOGETHER + topology.TRIES_ALONE)
+        tries = topology.TRIES_TOGETHER + topology.TRIES_FEW + topology.TRIES_ALONE
+        await until(lambda: len(ends) >= tries)
         # And a person finds it, with the reason
         ((job, reason),) = await until(lambda: asyncio.to_thread(dead_letters, parts.amqp_url))
         assert job.body["messages"][0]["content"] == "die"
@@ -81,7 +85,7 @@ async def test_a_job_that_kills_its_worker_each_time(parts: Rig) -> None:
         assert {entry["session_id"] for entry in kept} == {f"other-{number}" for number in range(12)}
         usage = (await client.get("/usage")).json()
         assert usage["total_requests"] == 12, usage
-        assert len(ends) == topology.TRIES_TOGETHER + topology.TRIES_ALONE
+        assert len(ends) == tries
 
 
 async def test_a_stream_whose_worker_dies_each_time_ends_with_an_error(parts: Rig) -> None:
@@ -112,6 +116,54 @@ async def test_a_job_whose_worker_dies_once_is_answered_by_another(parts: Rig, t
         await asyncio.sleep(1)
         assert await history(client, 1)
         assert (await client.get("/usage")).json()["total_requests"] == 1
+
+
+async def test_what_only_waited_is_not_suspected_for_its_workers_deaths(parts: Rig) -> None:
+    # Given a worker whose slots are all held, and more jobs waiting at it than the suspects' queue takes
+    inbox = Inbox(parts.amqp_url, "test", [MODEL], 64)
+    await inbox.start()
+    try:
+        held = [job(inbox, "wait 2", 1) for _ in range(6)]
+        waiting = [job(inbox, "hello", 2 + number % 40) for number in range(300)]
+        argv, settings = ("tests.faults.worker", "--model", MODEL, "--slots", "6"), {"QUEUE_MAX_JOBS": "64"}
+        for number in range(topology.TRIES_TOGETHER + 1):
+            # When it is killed once more often than a job is delivered from its lane
+            worker = await parts.run(f"worker-{number}", *argv, **settings)
+            if not inbox.waiting:
+                await until(lambda: taken(inbox, consumers=2))
+                for each in held + waiting:
+                    await inbox.submit(each, "interactive")
+            await until(lambda: taken(inbox, consumers=2))
+            worker.process.kill()
+            await worker.process.wait()
+        # Then the next one answers all of them
+        await parts.run("worker-last", *argv, **settings)
+        async with asyncio.timeout(30):
+            for each in held + waiting:
+                frame = await inbox.waiting[each.id].next()
+                assert frame.kind == "result", frame
+        # And suspected are at the most those that it had begun the last time, and nothing was given up on
+        lines = "".join(path.read_text() for path in parts.folder.glob("worker-*.log")).splitlines()
+        moved = [json.loads(line) for line in lines if '"suspect"' in line]
+        suspected = {line["request_id"] for line in moved if line["queue"] == topology.suspects_queue(MODEL)}
+        assert len(suspected) <= 6
+        assert len({line["request_id"] for line in moved}) > 200
+        assert await asyncio.to_thread(dead_letters, parts.amqp_url) == []
+    finally:
+        await inbox.close()
+
+
+def job(inbox: Inbox, text: str, key_id: int) -> Job:
+    now = time.time()
+    body = {"messages": [{"role": "user", "content": text}]}
+    id_ = secrets.token_hex(8)
+    return Job(id_, MODEL, "/chat", body, key_id, inbox.queue, now, now + 100, recorded=False)
+
+
+async def taken(inbox: Inbox, consumers: int) -> bool:
+    """Whether a worker is there and has taken all that waited."""
+    queue = topology.jobs_queue(MODEL, "interactive")
+    return await inbox.publisher.declare_queue(queue, passive=True) == (0, consumers)
 
 
 async def both_ready(client: httpx.AsyncClient) -> bool:

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.echo import EchoWorker
+from benchmarks.echo import SLOTS, EchoWorker
 from server.core import logging as json_logging
 from server.core.messages import Job
 from server.core.settings import load_settings
@@ -43,9 +43,10 @@ class ObedientWorker(EchoWorker):
 def main() -> int:
     top = argparse.ArgumentParser(description=__doc__)
     top.add_argument("--model", required=True, metavar="ID")
+    top.add_argument("--slots", type=int, default=SLOTS, metavar="N")
     args = top.parse_args()
     json_logging.configure("INFO", "obedient")
-    return asyncio.run(ObedientWorker(load_settings(), args.model, words=8).run())
+    return asyncio.run(ObedientWorker(load_settings(), args.model, words=8, slots=args.slots).run())
 
 
 if __name__ == "__main__":

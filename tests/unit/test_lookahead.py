@@ -12,8 +12,10 @@ from server.core.amqp import Delivery
 from server.core.errors import BrokerUnavailable
 from server.core.messages import Cancel, Frame, Job, Lane, Record, WorkerType, decode_frames, encode
 from server.core.settings import Settings
-from workers.base import Answer, Worker, _Slots
+from workers import intake
+from workers.base import Answer, Worker
 from workers.replies import Reply
+from workers.runs import Run, Slots
 
 
 class Counting(Worker):
@@ -23,11 +25,11 @@ class Counting(Worker):
 
     def __init__(self, slots: int) -> None:
         super().__init__(Settings(amqp_url="amqp://127.0.0.1:1/"), "m")
-        self._slots = {"interactive": _Slots(slots), "batch": _Slots(1)}
+        self._intake.slots = {"interactive": Slots(slots), "batch": Slots(1)}
         self.begun: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}
-        self._consumer = self.link = FakeLink()  # type: ignore[assignment]
-        self._publisher = self._outbox._link = self.link  # type: ignore[assignment]
+        self._consumer = self._intake.consumer = self.link = FakeLink()  # type: ignore[assignment]
+        self._publisher = self._intake.publisher = self._outbox._link = self.link  # type: ignore[assignment]
 
     async def start(self) -> int:
         return 1
@@ -45,10 +47,15 @@ class Counting(Worker):
         self.ends.setdefault(job_id, asyncio.Event()).set()
         await settle()
 
-    def take(self, id_: str, key: int, lane: Lane = "interactive", deadline_s: float = 60.0) -> None:
+    def take(
+        self, id_: str, key: int, lane: Lane | None = "interactive", deadline_s: float = 60.0, again: int = 0
+    ) -> None:
+        """`again`: so many times before, it was delivered, by connections that are lost."""
         now = time.time()
         job = Job(id_, "m", "/chat", {}, key, "replies.x", now, now + deadline_s, recorded=False)
-        self._on_job(lane, Delivery(encode(job), len(self.link.settled) + 1, 1, id_))  # type: ignore[arg-type]
+        source = self._intake.lanes[lane] if lane else self._intake.suspects
+        channel = id_ + "'" * again
+        self._intake.take(source, Delivery(encode(job), len(self.link.settled) + 1, 1 + again, channel))  # type: ignore[arg-type]
 
 
 class FakeLink:
@@ -56,7 +63,10 @@ class FakeLink:
         self.settled: list[tuple[str, str]] = []
         self.sent: list[Frame] = []
         self.published: list[bytes] = []
+        self.consumed: list[tuple[str, int]] = []
+        self.cancelled: list[str] = []
         self.down = self.blocked = False
+        self.unblocked_at = 0.0
 
     def ack(self, delivery: Delivery) -> None:
         self.settled.append(("ack", str(delivery.channel)))
@@ -72,8 +82,15 @@ class FakeLink:
             raise BrokerUnavailable("down")
         self.published.append(body)
 
+    def holds(self, _delivery: Delivery) -> bool:
+        return True
+
+    async def consume(self, queue: str, _take: Any, prefetch: int, **_how: Any) -> str:
+        self.consumed.append((queue, prefetch))
+        return f"{queue} {prefetch}"
+
     async def cancel_consumer(self, tag: str) -> None:
-        pass
+        self.cancelled.append(tag)
 
 
 async def settle() -> None:
@@ -90,10 +107,12 @@ async def worker() -> AsyncIterator[Counting]:
     await settle()
     assert made.begun == ["a0", "a1"]
     yield made
-    made._drop_waiting()
+    made._intake._clear()
+    for run in made._intake.runs.values():
+        run.ours.set()
     for name in list(made.ends):
         await made.end(name)
-    assert made._runs == {}
+    assert made._intake.runs == {}
 
 
 async def test_another_key_begins_when_one_of_the_flood_ends(worker: Counting) -> None:
@@ -152,18 +171,76 @@ async def test_what_has_expired_while_it_waited_is_never_begun(worker: Counting)
 
 async def test_what_waits_goes_with_the_connection(worker: Counting) -> None:
     # Given a connection that is lost: the broker delivers again, here or elsewhere
-    worker._drop_waiting()
-    await worker.end("a0")
-    assert worker.begun == ["a0", "a1"]
+    worker._intake.lost()
+    assert (worker.beacon.running, worker.beacon.waiting) == (2, 0)
     worker.take("a3", 1)
     await settle()
+    assert worker.begun == ["a0", "a1"]
+    # And an answer that is ready waits for its job to be delivered again
+    await worker.end("a0")
+    assert worker.link.settled == []
+    worker.take("a0", 1, again=1)
+    await settle()
+    assert worker.link.settled == [("ack", "a0'")]
     assert worker.begun == ["a0", "a1", "a3"]
+
+
+async def test_what_another_worker_was_given_is_dropped(worker: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a connection that is lost with two jobs in hand, one of which is done
+    monkeypatch.setattr(intake, "BACK_S", 0.05)
+    worker._intake.lost()
+    await worker.end("a0")
+    # When there is another, by which neither is delivered again
+    worker._intake.back()
+    await asyncio.sleep(0.1)
+    # Then nothing is told of them, and their slots are free
+    worker._outbox.flush()
+    assert [frame.kind for frame in worker.link.sent] == ["started", "started"]
+    assert worker.beacon.running == 0
+
+
+async def test_what_another_worker_had_meanwhile_is_begun_anew(worker: Counting) -> None:
+    # Given a connection that is lost, and a job that was delivered to somebody else before it comes back
+    worker._intake.lost()
+    worker.take("a0", 1, None, again=1)
+    await settle()
+    # Then it is begun anew, as whoever waits follows the other worker's answer
+    assert worker.begun == ["a0", "a1", "a0"]
+    await worker.end("a0")
+    assert worker.link.settled[-1] == ("ack", "a0'")
+    # And one that was not is not
+    worker.take("a1", 1, again=1)
+    await worker.end("a1")
+    assert worker.link.settled[-1] == ("ack", "a1'")
+
+
+async def test_few_retries_are_run_at_once_and_more_as_they_end_well(worker: Counting) -> None:
+    worker._intake._clear()
+    worker._intake.open(16)
+    await worker._intake.consume(worker.link)  # type: ignore[arg-type]
+    retries = worker._intake.retries.queue
+    worker.link.consumed.clear()
+    for number in range(1, 17):
+        worker._intake.runs[f"r{number}"] = run = Run(
+            Job(f"r{number}", "m", "/chat", {}, 1, "replies.x", time.time(), 1e10, recorded=False),
+            worker._intake.retries,
+            Delivery(b"", number, 1, f"r{number}"),  # type: ignore[arg-type]
+        )
+        worker._intake.start(run)
+        await settle()
+        await worker.end(f"r{number}")
+    # Four, then eight, then sixteen: never more than there are slots
+    assert worker.link.consumed == [(retries, 4), (retries, 8)]
+    # And four again once there are no more
+    worker._intake.narrow()
+    await settle()
+    assert worker.link.cancelled == [f"{retries} 4", f"{retries} 8"]
 
 
 @pytest.mark.parametrize("down", [False, True])
 async def test_what_waits_is_passed_on_when_the_worker_stops(worker: Counting, down: bool) -> None:
     worker.link.down = down
-    await worker._take_no_more()
+    await worker._intake.close()
     # As new messages, which count no try; where that cannot be, it is given back
     how = "back" if down else "ack"
     assert worker.link.settled == [(how, f"a{number}") for number in range(2, 10)]
@@ -174,7 +251,7 @@ async def test_what_waits_is_passed_on_when_the_worker_stops(worker: Counting, d
 
 
 async def test_a_suspect_does_not_wait_for_its_turn(worker: Counting) -> None:
-    worker.take("s", 2, None)  # type: ignore[arg-type]
+    worker.take("s", 2, None)
     await settle()
     assert worker.begun == ["a0", "a1", "s"]
     # And takes nobody's slot for good

@@ -1,0 +1,55 @@
+"""Finished requests on their way to history. Knows nothing of jobs."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from server.core import spans, topology
+from server.core.amqp import AmqpLink
+from server.core.errors import BrokerUnavailable, ServiceError
+from server.core.messages import Record, encode
+from server.core.tracing import Span
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+
+
+def send_record(link: AmqpLink, record: Record, parent: str, ours: Callable[[], Awaitable[object]]) -> Awaitable[None]:
+    """Send the record now; what is returned ends when the broker has it, however long that takes.
+
+    `parent` is the span it belongs to. `ours` is awaited before it is sent again: meanwhile another worker may have
+    been given the job, and its record is the one that counts.
+    """
+    span = spans.publish(topology.HISTORY, record.request_id, parent)
+    if trace := span.traceparent or parent:
+        record = replace(record, traceparent=trace)
+    try:
+        first = link.publish_soon(
+            topology.HISTORY, encode(record), message_id=record.request_id, traceparent=record.traceparent
+        )
+    except BrokerUnavailable as exc:
+        first = asyncio.get_running_loop().create_future()
+        first.set_exception(exc)
+    return _until_recorded(link, record, first, ours, span)
+
+
+async def _until_recorded(
+    link: AmqpLink, record: Record, confirmed: Awaitable[None], ours: Callable[[], Awaitable[object]], span: Span
+) -> None:
+    with span:
+        while True:
+            try:
+                await confirmed
+            except ServiceError as exc:
+                # Not answered again: the answer is out. A second copy is told by its request id.
+                extra = {"action": "record", "request_id": record.request_id, "error": type(exc).__name__}
+                logger.warning("record not published yet", extra=extra)
+                await asyncio.sleep(RETRY_S)
+                await ours()
+                confirmed = link.publish(
+                    topology.HISTORY, encode(record), message_id=record.request_id, traceparent=record.traceparent
+                )
+            else:
+                return

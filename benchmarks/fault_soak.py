@@ -219,7 +219,12 @@ async def main(args: argparse.Namespace) -> None:
     print("Starting the service (a minute or two) …")
     async with (
         service(args.models, STALLED_READER_S=str(STALLED_READER_S)) as ours,
-        aiohttp.ClientSession(ours.url, headers=ours.headers, connector=aiohttp.TCPConnector(limit=0)) as session,
+        aiohttp.ClientSession(
+            ours.url,
+            headers=ours.headers,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),  # requests have a limit of their own
+        ) as session,
     ):
         clients = Clients(session, ours)
         await clients.learn()

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -186,10 +185,11 @@ async def settled(service: Service, key_name: str, wanted: set[str]) -> dict[str
     return last
 
 
-KINDS = st.tuples(st.integers(1, 80), st.booleans(), st.booleans())
+Kind = tuple[int, bool, bool]
+KINDS = st.tuples(st.integers(10, 80), st.booleans(), st.booleans())
 """Tokens, streamed, kept."""
-NUMBERS = st.integers(0, 99)
-"""Which of those there are, by its remainder: what there is depends on time, which no strategy may."""
+ACTS = ("submit",) * 4 + ("leave", "come back", "come back", "stop", "break", "recover", "wait")
+VICTIMS = ("worker", "worker", "archivist", *SERVERS, "cut")
 
 
 def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
@@ -212,14 +212,37 @@ def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
             """Shown where the test fails."""
             print(f"{self.key_name} {time.monotonic() - self.began:6.2f} s ", *what)
 
-        @rule(kinds=st.lists(KINDS, min_size=1, max_size=3), server=st.sampled_from(SERVERS))
-        def submit(self, kinds: list[tuple[int, bool, bool]], server: str) -> None:
+        @rule(
+            what=st.sampled_from(ACTS),
+            kinds=st.lists(KINDS, min_size=1, max_size=3),
+            n=st.integers(0, 99),
+            server=st.sampled_from(SERVERS),
+            victim=st.sampled_from(VICTIMS),
+        )
+        def act(self, what: str, kinds: list[Kind], n: int, server: str, victim: str) -> None:
+            """One rule, since Hypothesis leaves whole rules out of an example. `n` chooses among what there is, by its
+            remainder: that depends on time, which no strategy may."""
+            match what:
+                case "submit":
+                    self.submit(kinds, server)
+                case "leave":
+                    self.leave(n)
+                case "come back":
+                    self.come_back(n, server)
+                case "stop":
+                    self.stop(n, server)
+                case "break":
+                    self.fault(victim)
+                case "recover" if self.standing:
+                    self.recover()
+            loop.run(asyncio.sleep(n / 200))
+
+        def submit(self, kinds: list[Kind], server: str) -> None:
             first = len(self.questions)
             new = [Question(f"{self.key_name}, {n}", *kind) for n, kind in enumerate(kinds, first)]
             self.questions += new
             for question in new:
                 self._try(question, server)
-            self.wait(1)  # or the next rule would come before anything has begun
 
         def _try(self, question: Question, server: str) -> Try:
             one = Try(question)
@@ -237,18 +260,12 @@ def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
 
             loop.run(begin())
 
-        @rule(tenths=st.integers(1, 6))
-        def wait(self, tenths: int) -> None:
-            loop.run(asyncio.sleep(tenths / 10))
-
-        @rule(n=NUMBERS)
         def leave(self, n: int) -> None:
             if open_ := [one for one in self._tries() if not one.outcome]:
                 one = open_[n % len(open_)]
                 self.say("leave", one)
                 loop.run(one.leave())
 
-        @rule(n=NUMBERS, server=st.sampled_from(SERVERS))
         def come_back(self, n: int, server: str) -> None:
             """With the same Idempotency-Key, or with the id of the last event."""
             kept = [one for one in self._tries() if one.question.kept]
@@ -258,9 +275,7 @@ def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
                 self._begin(one, server, one.resume)
             elif kept:
                 self._try(kept[n % len(kept)].question, server)
-            self.wait(1)
 
-        @rule(n=NUMBERS, server=st.sampled_from(SERVERS))
         def stop(self, n: int, server: str) -> None:
             """By its id, where its client knows it: once the answer has begun."""
             known = [one for one in self._tries() if one.request_id and not one.question.over]
@@ -277,11 +292,9 @@ def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
 
             loop.run(begin())
 
-        @precondition(lambda self: self.standing.total() < 2)
-        @rule(name=st.sampled_from(("worker", "worker", "archivist", *SERVERS, "cut")))
         def fault(self, name: str) -> None:
             """A process is killed, or every connection to the broker is cut."""
-            if name != "cut" and service.children[name].exited:
+            if self.standing.total() == 2 or (name != "cut" and service.children[name].exited):
                 return
             self.say("fault", name)
             # Noted before it is done, so that nothing ends by it unexplained.
@@ -291,8 +304,6 @@ def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
                     question.met[name] += 1
             loop.run(service.cut() if name == "cut" else service.kill(name))
 
-        @precondition(lambda self: self.standing)
-        @rule()
         def recover(self) -> None:
             self.say("recover")
             loop.run(service.recover())

@@ -278,7 +278,7 @@ def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
 
         def stop(self, n: int, server: str) -> None:
             """By its id, where its client knows it: once the answer has begun."""
-            known = [one for one in self._tries() if one.request_id and not one.question.over]
+            known = [one for one in self._tries() if one.request_id and one.outcome in ("", "left", "cut")]
             if not known:
                 return
             one = known[n % len(known)]

@@ -73,7 +73,9 @@ class Vectors:
                 await asyncio.sleep(RETRY_S)
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.come.wait(), LOOK_S)
+                # Not wait_for, which before Python 3.12 forgets that it was cancelled where `come` is set as well.
+                async with asyncio.timeout(LOOK_S):
+                    await self.come.wait()
 
     async def index_all(self) -> None:
         """Give each key that has outgrown exact search an index, until cancelled."""

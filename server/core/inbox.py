@@ -48,7 +48,7 @@ class Waiter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.span = tracing.current()
-        self.sent = self.started = False
+        self.sent = self.started = self.cancelled = False
         self.worker = ""
         """Who began it last, where it said so."""
         self.prompt_tokens = prompt_tokens.estimate(job.body, job.context)
@@ -237,6 +237,8 @@ class Inbox:
     def cancel(self, request_id: str, *, unwanted: bool = False) -> None:
         """Have a job stopped, whichever worker has it, or not begun, whichever takes it. Of what is `unwanted` nothing
         is recorded."""
+        if (waiter := self.waiting.get(request_id)) is not None:
+            waiter.cancelled = True
         try:
             self.publisher.broadcast(topology.CONTROL, encode(Cancel(request_id, unwanted)))
         except BrokerUnavailable:
@@ -267,6 +269,9 @@ class Inbox:
             return
         for frame in frames:
             waiter = self.waiting.get(frame.request_id)
+            if frame.kind == "started" and (waiter is None or waiter.cancelled):
+                # By a worker that was not there to hear it the first time; or it was refused; or another has answered.
+                self.cancel(frame.request_id, unwanted=waiter is None)
             if waiter is not None:
                 if waiter.unread_bytes > self._max_unread_bytes:
                     self._give_up(waiter)
@@ -274,9 +279,6 @@ class Inbox:
                 waiter.put(frame)
                 if waiter.started and not begun:
                     self.on_begun(frame.request_id)
-            elif frame.kind == "started":
-                # By a worker that was not there to hear it the first time; or it was refused; or another has answered.
-                self.cancel(frame.request_id, unwanted=True)
 
     def _give_up(self, waiter: Waiter) -> None:
         """Its client is not there to read, and may never be: what it asked for is made no further."""

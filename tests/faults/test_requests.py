@@ -153,6 +153,24 @@ async def test_who_left_a_request_without_a_key_finds_what_was_made_of_it(parts:
             assert found["usage"] == entry["usage"]
 
 
+async def test_a_request_is_stopped_while_its_worker_is_dead(parts: Rig) -> None:
+    async with life(parts) as running:
+        body = say("count", max_tokens=300, stream=True, temperature=0)
+        async with running.client.stream("POST", CHAT, json=body) as response:
+            # Given a stream whose worker is killed
+            reading = events(response)
+            read = [await anext(reading) for _ in range(20)]
+            await running.worker.stop(timeout_s=0)
+            # When it is stopped before there is another one
+            request_id = response.headers["x-request-id"]
+            assert (await running.other.delete(f"/v1/requests/{request_id}")).json()["status"] == "running"
+            await running.new_worker()
+            # Then that one does not go on with it
+            read += [event async for event in reading]
+        assert '"code":"cancelled"' in read[-1].data
+        assert (await look(running.other, request_id))["status"] == "cancelled"
+
+
 async def test_a_finished_request_gives_its_answer(parts: Rig) -> None:
     async with life(parts) as running:
         answer = await running.client.post(CHAT, json=say("count", max_tokens=5))

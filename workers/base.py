@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from server.core import metrics, spans, topology, tracing
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
+from server.core.continuation import may_continue
+from server.core.errors import AnswerLost, BrokerUnavailable, Cancelled, DeadlineExceeded, EngineFailed, ServiceError
 from server.core.messages import Cancel, FrameKind, Job, Record, WorkerType, decode, encode_frames
 from server.core.settings import Settings
 from server.core.signals import stop_event
@@ -35,6 +36,8 @@ WAITED_S = 1.0
 """A job older than this when it is taken may have lost its client meanwhile."""
 HEAR_S = 0.25
 """For a server to say that nobody waits for a job any more."""
+END_S = 2.0
+"""For what is ended while this worker drains to be recorded."""
 HALT_S = 0.5
 """For an engine that was told to stop to hand over what it has made; then it is taken by force."""
 
@@ -169,9 +172,14 @@ class Worker(ABC):
         self.probe.ready = False
         self.beacon.say()
         await self._intake.close()
-        tasks = [run.task for run in self._intake.runs.values() if run.task is not None]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=self.settings.drain_timeout_s)
+        runs = {run.task: run for run in self._intake.runs.values() if run.task is not None}
+        if runs:
+            _, late = await asyncio.wait(runs, timeout=self.settings.drain_timeout_s)
+            alone = [task for task in late if runs[task].job.body.get("stream") and not may_continue(runs[task].job)]
+            for task in alone:  # others cannot go on with it: it ends here, and is recorded as far as it came
+                self._end(runs[task], AnswerLost("The worker is stopping, and has no time left for the rest."))
+            if alone:
+                await asyncio.wait(alone, timeout=END_S)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -286,8 +294,11 @@ class Worker(ABC):
             reply.fail(DeadlineExceeded("The request waited in the queue past its deadline."))
             return "expired"
         if run.stopped is None:
+            await self._feel_for(job)
+            if not self._consumer.holds(run.delivery):
+                return "lost"  # others have it, or it comes again
             reply.send("started", self.beacon.worker.encode())
-            await self._hear_whether_wanted(job)
+            await self._hear_whether_wanted(run)
         if run.stopped is not None:
             reply.fail(run.stopped)
             return "cancelled"
@@ -337,18 +348,23 @@ class Worker(ABC):
             await recorded
         return "done" if run.stopped is None else "expired" if run.stopped is late else "cancelled"
 
-    async def _hear_whether_wanted(self, job: Job) -> None:
-        """Let those who wait for a job that has waited long say, before the work, that they do not any more."""
+    async def _feel_for(self, job: Job) -> None:
+        """Notice, before the work, that the server is gone that waits for a job, where it has waited long."""
         if time.time() - job.created_at < WAITED_S:
-            return  # its cancel would have come by now, or comes while it runs
-        self._outbox.flush()
+            return  # it is noticed while the job runs
         try:
             await self._publisher.settle(job.reply_to, encode_frames([]))
         except ServiceError:
-            return  # the connection is down: nobody can be asked
-        if job.created_at < max(self._listening_since, self._publisher.unblocked_at):
-            # Its cancel may have been told before this worker listened; its server tells it again. Or it was refused,
-            # because the broker took nothing, and taken all the same.
+            # Nobody can be asked. The connection that the job came by may be gone too, which is noticed a moment later:
+            # where this process stood still, others have the job, and may have begun it.
+            await asyncio.sleep(FEEL_S)
+
+    async def _hear_whether_wanted(self, run: Run) -> None:
+        """Let the server say, before the work, that nobody waits any more, where this worker may not have heard it or
+        the job was refused and taken all the same; or that a stream that was begun elsewhere cannot go on."""
+        before = max(self._listening_since, self._publisher.unblocked_at)
+        if run.job.created_at < before or run.delivery.attempt > 1 or run.source.lane is None:
+            self._outbox.flush()
             await asyncio.sleep(HEAR_S)
 
 

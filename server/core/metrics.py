@@ -17,7 +17,7 @@ MAX_KEYS = 100
 that without a bound whoever makes many keys makes every scrape larger. What each key is billed stands in Postgres."""
 OTHER_KEYS = "other"
 
-OUTCOMES = ("done", "refused", "failed", "expired", "cancelled")
+OUTCOMES = ("done", "refused", "failed", "expired", "cancelled", "lost")
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

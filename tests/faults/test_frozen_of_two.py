@@ -99,9 +99,10 @@ async def test_with_chats_in_hand(parts: Rig) -> None:
         entries = (await client.get("/chat/history?limit=100")).json()
         kept = {entry["messages"][0]["content"]: entry for entry in entries}
         assert len(kept) == len(entries)
-        assert set(kept) - {"sampled"} == {"greedy", "whole", *(f"new {n}" for n in range(8))}
+        assert set(kept) == {"greedy", "whole", *(f"new {n}" for n in range(8))}
+        assert kept["whole"]["messages"][-1]["content"] == said(answer)
         assert kept["greedy"]["messages"][-1]["content"] == numbers(LONG)
-        assert all(entry["finish_reason"] == "stop" for text, entry in kept.items() if text != "sampled")
+        assert {entry["finish_reason"] for entry in entries} == {"stop"}
         usage = (await client.get("/usage")).json()
         assert usage["total_requests"] == len(entries)
         assert usage["total_tokens"] == sum(entry["usage"]["total_tokens"] for entry in entries)
@@ -123,14 +124,17 @@ async def test_while_it_is_idle(parts: Rig) -> None:
         assert time.monotonic() - frozen_at < NAMED_S
         assert told.status_code == 200, told.text
         asked = [asyncio.create_task(ask(client, text=f"new {n}", temperature=1, max_tokens=150)) for n in range(8)]
-        # And when it moves again, none is answered or counted twice, whatever had been sent to it
+        # And when it moves again, what was sent to it meanwhile is not begun a second time
         await until(lambda: len(begun(parts, "other")) == 8, TAKEN_OVER_S)
         os.kill(frozen.process.pid, signal.SIGCONT)
+        first = text_from(other.process.pid, 150)
         for answer in await asyncio.wait_for(asyncio.gather(*asked), TAKEN_OVER_S):
-            assert answer.status_code == 200, answer.text
+            assert said(answer) == first
         await until(lambda: idle(client, 2), TAKEN_OVER_S)
         await asyncio.sleep(2)
-        assert len((await client.get("/chat/history?limit=100")).json()) == 8
+        entries = (await client.get("/chat/history?limit=100")).json()
+        assert [entry["messages"][-1]["content"] for entry in entries] == [first] * 8
+        assert begun(parts, "frozen") == []
         assert (await client.get("/usage")).json()["total_requests"] == 8
         # And it has its share of what comes then
         answers = await asyncio.gather(*(ask(client, text="later", temperature=1, max_tokens=20) for _ in range(16)))

@@ -13,7 +13,7 @@ import msgspec
 
 from server.core import metrics, queued, spans, topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import DatabaseUnavailable, RecordRefused, ServiceError
+from server.core.errors import DatabaseFull, DatabaseUnavailable, RecordRefused, ServiceError
 from server.core.inbox import Inbox
 from server.core.messages import Record, decode
 from server.core.registry import Registry
@@ -33,6 +33,7 @@ BATCH = 256
 PREFETCH = 2 * BATCH
 """So that the next batch is here by the time one is written."""
 RETRY_S = 2.0
+FULL = "the disk of Postgres is full: free some space; chats wait until then"
 STOP_TIMEOUT_S = 5.0
 FEW_CORES_NICE = 10
 """How far it steps back where it shares a core with those whom somebody waits for."""
@@ -170,9 +171,11 @@ class Archivist:
         while records:
             try:
                 self._beacon.progress(await self._store.write(records))
-            except DatabaseUnavailable:
+            except DatabaseUnavailable as exc:
+                self._beacon.problem = FULL if isinstance(exc, DatabaseFull) else ""  # else servers see it themselves
                 await asyncio.sleep(RETRY_S)
             else:
+                self._beacon.problem = ""
                 return
 
     async def _bury(self, delivery: Delivery) -> None:

@@ -7,9 +7,10 @@ import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -53,6 +54,15 @@ class Stores:
         async with await psycopg.AsyncConnection.connect(f"{server}/template1?{database}", autocommit=True) as admin:
             await admin.execute(f"CREATE DATABASE {name} TEMPLATE postgres")
         return f"{server}/{name}?{database}", f"{self.amqp_url.removesuffix('%2F')}{name}"
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """For stores. Postgres, started by root, is another user's process and has to reach its own: pytest's folder will
+    not do, which each session that starts shuts to others. And a socket's path must be short."""
+    with TemporaryDirectory(prefix="qwen3-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
 
 
 @asynccontextmanager
@@ -143,10 +153,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(folder: Path) -> AsyncIterator[Rig]:
-    """A rig with stores of its own, without servers and workers yet."""
-    async with stores(folder) as own, _rig(folder, own, own.database_url, own.amqp_url) as made:
-        yield made
+async def rig(folder: Path, stores_folder: Path | None = None) -> AsyncIterator[Rig]:
+    """A rig with stores of its own (in `stores_folder`, where that matters), without servers and workers yet."""
+    with ExitStack() as stack:
+        where = stores_folder or stack.enter_context(own_folder())
+        async with stores(where) as own, _rig(folder, own, own.database_url, own.amqp_url) as made:
+            yield made
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """A worker without an engine that counts from 0, a number a token, until it is stopped, and that can be halted.
 
 `python -m tests.faults.counting --model ID --slots N`. The file named by BEGUN gets a line for each job it begins: what
-was asked.
+was asked; that with `.jsonl` behind its name, one for each that begins or ends: when, and by when it should have.
 """
 
 import argparse
@@ -40,6 +40,13 @@ class CountingWorker(Worker):
 
     async def handle(self, job: Job, reply: Reply) -> Answer:
         _write_down(job.body["messages"][-1]["content"])
+        _tell("begun", job)
+        try:
+            return await self._say(job, reply)
+        finally:
+            _tell("ended", job)
+
+    async def _say(self, job: Job, reply: Reply) -> Answer:
         head = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": self.model}
         stream, most = job.body.get("stream"), job.body.get("max_tokens", 10_000)
         said: list[str] = []
@@ -78,6 +85,13 @@ class CountingWorker(Worker):
 def _write_down(question: str) -> None:
     with Path(os.environ["BEGUN"]).open("a") as begun:
         begun.write(f"{question}\n")
+
+
+def _tell(event: str, job: Job) -> None:
+    question = job.body["messages"][-1]["content"]
+    told = {"event": event, "at": time.time(), "asked_at": job.created_at, "deadline": job.deadline, "asked": question}
+    with Path(f"{os.environ['BEGUN']}.jsonl").open("ab") as file:
+        file.write(msgspec.json.encode(told) + b"\n")
 
 
 def main() -> int:

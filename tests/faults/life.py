@@ -30,6 +30,12 @@ class Life:
         path = self.parts.folder / "begun"
         return path.read_text().splitlines() if path.exists() else []
 
+    def told(self, event: str) -> list[dict[str, Any]]:
+        """When workers begun, or ended, jobs: `at`, `asked_at` and `deadline` in Unix seconds, and what was `asked`."""
+        path = self.parts.folder / "begun.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [told for told in map(json.loads, lines) if told["event"] == event]
+
     async def new_worker(self, slots: int = 8) -> Child:
         """Counts, as soon as it is heard of."""
         argv = ("tests.faults.counting", "--model", MODEL, "--slots", str(slots))

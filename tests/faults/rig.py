@@ -89,6 +89,10 @@ class Rig:
     children: list[Child] = field(default_factory=list)
 
     @property
+    def vhost(self) -> str:
+        return self.amqp_url.rpartition("/")[2]
+
+    @property
     def models_file(self) -> Path:
         return self.folder / "models.yaml"
 
@@ -181,8 +185,9 @@ async def _rig(folder: Path, own: Stores, database_url: str, amqp_url: str) -> A
 
 
 @asynccontextmanager
-async def kept_alive(private: PrivatePostgres | PrivateRabbitMQ) -> AsyncIterator[None]:
-    """It is started again whenever it ends."""
+async def kept_alive(private: PrivatePostgres | PrivateRabbitMQ) -> AsyncIterator[list[str]]:
+    """It is started again whenever it ends, as `up` does; what `up` would say of that."""
+    told: list[str] = []
 
     async def keep() -> None:
         while True:
@@ -191,12 +196,13 @@ async def kept_alive(private: PrivatePostgres | PrivateRabbitMQ) -> AsyncIterato
                 try:
                     await private.start()
                     break
-                except BadSettings:
-                    await asyncio.sleep(5)
+                except BadSettings as exc:
+                    told.append(exc.message)
+                    await asyncio.sleep(2)
 
     keeping = asyncio.create_task(keep())
     try:
-        yield
+        yield told
         assert not keeping.done()
     finally:
         keeping.cancel()

@@ -19,7 +19,7 @@ from server.core.messages import Record, decode
 from server.core.registry import Registry
 from server.core.settings import Settings
 from server.core.signals import stop_event
-from server.db.pool import make_pool
+from server.db.pool import DISK_FULL, make_pool
 from server.db.store import Store
 from server.db.vector_index import VectorIndexes
 from workers.beacon import Beacon
@@ -33,7 +33,6 @@ BATCH = 256
 PREFETCH = 2 * BATCH
 """So that the next batch is here by the time one is written."""
 RETRY_S = 2.0
-FULL = "the disk of Postgres is full: free some space; chats wait until then"
 STOP_TIMEOUT_S = 5.0
 FEW_CORES_NICE = 10
 """How far it steps back where it shares a core with those whom somebody waits for."""
@@ -172,7 +171,9 @@ class Archivist:
             try:
                 self._beacon.progress(await self._store.write(records))
             except DatabaseUnavailable as exc:
-                self._beacon.problem = FULL if isinstance(exc, DatabaseFull) else ""  # else servers see it themselves
+                self._beacon.problem = (
+                    DISK_FULL if isinstance(exc, DatabaseFull) else ""
+                )  # else servers see it themselves
                 await asyncio.sleep(RETRY_S)
             else:
                 self._beacon.problem = ""

@@ -32,9 +32,11 @@ class Outage:
             raise DatabaseUnavailable(DOWN, retry_after_s=5) from exc
 
     async def _look(self) -> None:
-        while True:
-            with contextlib.suppress(DatabaseUnavailable):
-                await self._ping()
-                break
-            await asyncio.sleep(LOOK_EVERY_S)
-        self._looking = None
+        try:
+            while True:
+                with contextlib.suppress(DatabaseUnavailable):
+                    await self._ping()
+                    return
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            self._looking = None

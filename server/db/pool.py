@@ -37,6 +37,8 @@ NOTICE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3
 """So that a Postgres whose machine went away without a word is noticed, where it is reached over TCP."""
 DOWN = "The database is not reachable. Try again shortly."
 FULL = "The database has no disk space left. Try again later."
+DISK_FULL = "the disk of Postgres is full: free some space; chats wait until then, and it goes on by itself"
+"""For whoever runs the service."""
 
 
 async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -90,10 +92,7 @@ async def connection(pool: Pool, timeout_s: float | None = None) -> AsyncIterato
     except (psycopg.DataError, psycopg.IntegrityError) as exc:
         raise RecordRefused(f"The database refused the data ({type(exc).__name__}, {exc.sqlstate}).") from None
     except psycopg.errors.DiskFull as exc:
-        logger.error(
-            "the disk of Postgres is full: free some space; chats wait until then, and it goes on by itself",
-            extra={"action": "database", "sqlstate": exc.sqlstate},
-        )
+        logger.error(DISK_FULL, extra={"action": "database", "sqlstate": exc.sqlstate})
         raise DatabaseFull(FULL, retry_after_s=30) from None
     except psycopg.Error as exc:
         extra = {"action": "database", "error": type(exc).__name__, "sqlstate": exc.sqlstate}

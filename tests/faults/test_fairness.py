@@ -107,14 +107,14 @@ async def test_shares_follow_weights(parts: Rig) -> None:
     async with life(parts, slots=2) as running:
         jobs: list[asyncio.Task[Any]] = []
         clients = [parts.client(url, key) for url in running.urls for key in (light, heavy)]
-        for number in range(160):
+        for number in range(120):
             client = clients[number % 4]
             name = "heavy" if number % 2 else "light"
             jobs.append(asyncio.create_task(client.post(CHAT, json=say(name, max_tokens=10))))
-        await until(lambda: len(running.begun()) >= 74)
+        await until(lambda: len(running.begun()) >= 50)
         # Then of what is begun, the first few aside, three in four are the heavier one's
-        shares = running.begun()[10:74]
-        assert 42 <= shares.count("heavy") <= 54, shares
+        shares = running.begun()[10:50]
+        assert 26 <= shares.count("heavy") <= 34, shares
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)

@@ -348,7 +348,7 @@ async def test_rabbitmqs_disk_is_full(tmp_path: Path) -> None:
                 await until(refused, 60)
                 for _ in range(10):
                     assert await refused()
-                await until(named)
+                await until(named, 60)
                 print(f"{statuses.count(200)} answered before it was noticed; `up` would say {told}")
                 # When there is room again
                 hog.unlink()

@@ -16,6 +16,7 @@ from server.core import metrics, watchdog
 from server.core.registry import Registry
 from server.core.settings import BadSettings, Settings
 from server.db.listen import listen
+from server.db.outage import Outage
 from server.db.pool import make_pool, open_pool
 from server.db.store import Store
 from server.dispatch import Dispatcher
@@ -46,8 +47,9 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         pool = make_pool(settings.database_url)
         await open_pool(pool)
         app.state.store = Store(pool)
-        app.state.keys = KeyCache(app.state.store)
-        app.state.rates = RateLimiter(app.state.store, settings.rate_limit_per_minute)
+        outage = Outage(app.state.store.ping)
+        app.state.keys = KeyCache(app.state.store, outage)
+        app.state.rates = RateLimiter(app.state.store, settings.rate_limit_per_minute, outage)
         app.state.dispatcher = Dispatcher(settings, registry)
         await ensure_keys(app.state.store, settings)
         await app.state.dispatcher.start()

@@ -135,8 +135,8 @@ class Dispatcher:
         return self.inbox.publisher.connected and self.inbox.consumer.connected
 
     @property
-    def blocked(self) -> bool:
-        """Whether the broker takes nothing for now, nor tells of workers."""
+    def blocked(self) -> str:
+        """Why the broker takes nothing for now, nor tells of workers; empty where it does."""
         return self.inbox.publisher.blocked
 
     async def heard(self) -> bool:

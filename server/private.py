@@ -40,6 +40,8 @@ MAX_SOCKET_FOLDER = 80
 PG_HBA = "# No way in but the socket, and there the password.\nlocal all all scram-sha-256\n"
 DISK_FREE_LIMIT = 256 * MIB
 """Free space below which RabbitMQ takes nothing: enough for its logs of what it has taken, which it may still write."""
+FULL_BYTES = 32 * MIB
+"""Free space with which a start may fail: Postgres makes logs of 16 MiB."""
 
 
 def write_if_changed(path: Path, text: str, mode: int = 0o600) -> None:
@@ -66,6 +68,12 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def full(folder: Path) -> str:
+    """A sentence for a person where no start can succeed since the disk is full; else empty."""
+    left = shutil.disk_usage(folder).free
+    return f" The disk of {folder} is full ({left} bytes are left): free some space." if left < FULL_BYTES else ""
 
 
 def memory_limit() -> int:
@@ -137,7 +145,7 @@ class PrivatePostgres:
             password = self._password()
         # The wheel asserts that it runs, where it does not; and a full disk is an OSError.
         except (subprocess.SubprocessError, psutil.Error, OSError, AssertionError) as exc:
-            raise BadSettings(f"Postgres did not start. Its log: {self._folder}/log") from exc
+            raise BadSettings(f"Postgres did not start.{full(self._folder)} Its log: {self._folder}/log") from exc
         return str(self._server.get_uri()).replace("//postgres:@", f"//postgres:{password}@")
 
     def _password(self) -> str:
@@ -227,9 +235,11 @@ class PrivateRabbitMQ:
         except BadSettings:
             await self.stop()
             raise
-        except OSError as exc:  # a full disk, most likely
+        except OSError as exc:
             await self.stop()
-            raise BadSettings(f"RabbitMQ could not be started: {exc.strerror} ({exc.filename}).") from exc
+            raise BadSettings(
+                f"RabbitMQ could not be started: {exc.strerror} ({exc.filename}).{full(self.folder)}"
+            ) from exc
 
     async def _start(self) -> str:
         program = next((path for path in RABBITMQ_PATHS if os.access(path, os.X_OK)), None)
@@ -355,4 +365,4 @@ class PrivateRabbitMQ:
             writer.close()
             self._listening = True
             return
-        raise BadSettings(f"RabbitMQ did not start. The end of its log:\n{self._broker.tail()}")
+        raise BadSettings(f"RabbitMQ did not start.{full(self.folder)} The end of its log:\n{self._broker.tail()}")

@@ -5,17 +5,14 @@ less a request costs, and the row of a busy key is never waited for by its own r
 """
 
 import asyncio
-import contextlib
 import time
 from dataclasses import dataclass
 
 from server.core.errors import DatabaseUnavailable, ServiceError
-from server.db.pool import within
+from server.db.outage import Outage
 from server.db.store import Store
 
 COUNT_TIMEOUT_S = 1.0
-DOWN_S = 2.0
-"""How often a process that counts for itself, since Postgres did not answer, looks whether it does again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +31,12 @@ class RateState:
 class RateLimiter:
     """`limit` 0: nothing is counted."""
 
-    def __init__(self, store: Store, limit: int) -> None:
+    def __init__(self, store: Store, limit: int, outage: Outage) -> None:
         self.limit = limit
         self._store = store
+        self._outage = outage
         self._waiting: dict[int, list[asyncio.Future[RateState | None]]] = {}
         self._counting: asyncio.Task[None] | None = None
-        self._down = False
-        self._look_at = 0.0
-        self._looking: asyncio.Task[None] | None = None
         self._own_minute = 0
         self._own: dict[int, int] = {}
 
@@ -73,28 +68,11 @@ class RateLimiter:
 
     async def _ask(self, requests: dict[int, int]) -> dict[int, RateState]:
         """Each key's state after these requests."""
-        if self._down:
-            self._look()
-        else:
-            try:
-                rows = await within(COUNT_TIMEOUT_S, self._store.count_requests(requests))
-            except (DatabaseUnavailable, TimeoutError):
-                self._down, self._look_at = True, time.monotonic() + DOWN_S
-            else:
-                return {row["key_id"]: RateState(self.limit, row["requests"], row["reset_at"]) for row in rows}
-        return self._count_here(requests)
-
-    def _look(self) -> None:
-        """See now and then whether Postgres is back, while nobody waits for it."""
-        now = time.monotonic()
-        if now >= self._look_at and (self._looking is None or self._looking.done()):
-            self._look_at = now + DOWN_S
-            self._looking = asyncio.create_task(self._see())
-
-    async def _see(self) -> None:
-        with contextlib.suppress(DatabaseUnavailable):
-            await self._store.count_requests({})
-            self._down = False
+        try:
+            rows = await self._outage.ask(COUNT_TIMEOUT_S, lambda: self._store.count_requests(requests))
+        except DatabaseUnavailable:
+            return self._count_here(requests)
+        return {row["key_id"]: RateState(self.limit, row["requests"], row["reset_at"]) for row in rows}
 
     def _count_here(self, requests: dict[int, int]) -> dict[int, RateState]:
         minute = int(time.time()) // 60

@@ -13,13 +13,13 @@ import msgspec
 
 from server.core import metrics, queued, spans, topology
 from server.core.amqp import AmqpLink, Delivery
-from server.core.errors import DatabaseUnavailable, RecordRefused, ServiceError
+from server.core.errors import DatabaseFull, DatabaseUnavailable, RecordRefused, ServiceError
 from server.core.inbox import Inbox
 from server.core.messages import Record, decode
 from server.core.registry import Registry
 from server.core.settings import Settings
 from server.core.signals import stop_event
-from server.db.pool import make_pool
+from server.db.pool import DISK_FULL, make_pool
 from server.db.store import Store
 from server.db.vector_index import VectorIndexes
 from workers.beacon import Beacon
@@ -170,9 +170,13 @@ class Archivist:
         while records:
             try:
                 self._beacon.progress(await self._store.write(records))
-            except DatabaseUnavailable:
+            except DatabaseUnavailable as exc:
+                self._beacon.problem = (
+                    DISK_FULL if isinstance(exc, DatabaseFull) else ""
+                )  # else servers see it themselves
                 await asyncio.sleep(RETRY_S)
             else:
+                self._beacon.problem = ""
                 return
 
     async def _bury(self, delivery: Delivery) -> None:

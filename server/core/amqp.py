@@ -76,7 +76,7 @@ class AmqpLink:
         self._gone = asyncio.Event()
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._blocked = False
+        self._blocked = ""
         self.unblocked_at = 0.0
         """When the broker, as far as it said so, last began to read again, in Unix seconds."""
         self._closing = False
@@ -88,9 +88,9 @@ class AmqpLink:
         return self._ready.is_set()
 
     @property
-    def blocked(self) -> bool:
-        """Whether the broker reads nothing from this connection, for want of memory or disk; it tells at the first
-        message that it does not read."""
+    def blocked(self) -> str:
+        """Why the broker reads nothing from this connection, such as `low on disk`, empty where it does; it tells at
+        the first message that it does not read."""
         return self._blocked
 
     async def start(self, timeout_s: float = 30.0) -> None:
@@ -368,27 +368,33 @@ class AmqpLink:
             on_open_error_callback=on_failed,
             on_close_callback=on_failed,
         )
-        connection.add_on_connection_blocked_callback(lambda _c, f: self._set_blocked(True, f.method.reason))
-        connection.add_on_connection_unblocked_callback(lambda _c, _f: self._set_blocked(False))
-        self._connection, self._blocked = connection, False
+        connection.add_on_connection_blocked_callback(lambda _c, f: self._set_blocked(f.method.reason or "blocked"))
+        connection.add_on_connection_unblocked_callback(lambda _c, _f: self._set_blocked(""))
+        self._connection, self._blocked = connection, ""
         self._confirms.begin()
         self._returned.clear()
         try:
-            await asyncio.wait_for(asyncio.shield(opened), CONNECT_TIMEOUT_S)
+            # Not wait_for: it forgets a cancel that comes in the same turn as a refusal; `close` would wait for ever.
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await asyncio.shield(opened)
             await self._setup(self)
         except TimeoutError as exc:
             raise BrokerUnavailable(LOST) from exc
         finally:
-            if not opened.done() or opened.exception() is not None:
+            if opened.cancel() or opened.exception() is not None:
                 self._connection = None
 
-    def _set_blocked(self, blocked: bool, reason: str = "") -> None:
-        self._blocked = blocked
-        if blocked:
+    def _set_blocked(self, reason: str) -> None:
+        self._blocked = reason
+        if reason:
             self._confirms.fail(BLOCKED)
+            logger.error(
+                "RabbitMQ takes nothing: free some of what it is low on, and it goes on by itself",
+                extra={"action": "amqp_blocked", "reason": reason},
+            )
         else:
             self.unblocked_at = time.time()
-        logger.warning("broker flow changed", extra={"action": "amqp_blocked", "blocked": blocked, "reason": reason})
+            logger.warning("RabbitMQ takes messages again", extra={"action": "amqp_unblocked"})
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method

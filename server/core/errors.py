@@ -21,6 +21,7 @@
     ├── Unavailable             503  retry_after_s says when
     │   ├── BrokerUnavailable
     │   ├── DatabaseUnavailable
+    │   │   └── DatabaseFull          its disk is; reading may go on
     │   ├── NoWorker                 no live worker serves the model
     │   └── AnswerLost               the worker or the connection to it went away in the middle of the work
     └── DeadlineExceeded        504
@@ -136,6 +137,10 @@ class BrokerUnavailable(Unavailable):
 
 
 class DatabaseUnavailable(Unavailable):
+    pass
+
+
+class DatabaseFull(DatabaseUnavailable):
     pass
 
 

@@ -18,7 +18,7 @@ from pgvector.psycopg import register_vector_async
 from psycopg.rows import DictRow, dict_row
 from yoyo.exceptions import LockTimeout
 
-from server.core.errors import DatabaseUnavailable, RecordRefused
+from server.core.errors import DatabaseFull, DatabaseUnavailable, RecordRefused
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ as long as the database was away."""
 NOTICE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
 """So that a Postgres whose machine went away without a word is noticed, where it is reached over TCP."""
 DOWN = "The database is not reachable. Try again shortly."
+FULL = "The database has no disk space left. Try again later."
+DISK_FULL = "the disk of Postgres is full: free some space; chats wait until then, and it goes on by itself"
+"""For whoever runs the service."""
 
 
 async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -74,8 +77,9 @@ def make_pool(url: str, max_size: int = 8) -> Pool:
 async def connection(pool: Pool, timeout_s: float | None = None) -> AsyncIterator[Connection]:
     """A connection from the pool, which is cut after `timeout_s`: a Postgres that is frozen answers nobody.
 
-    Raises RecordRefused for data that Postgres will never take, and DatabaseUnavailable for everything else
-    that goes wrong (down, full, read-only, not migrated yet). The driver's text is not logged: it quotes rows.
+    Raises RecordRefused for data that Postgres will never take, DatabaseFull where its disk is full, and
+    DatabaseUnavailable for everything else that goes wrong (down, read-only, not migrated yet). The driver's text is
+    not logged: it quotes rows.
     """
     try:
         async with pool.connection() as conn:
@@ -87,6 +91,9 @@ async def connection(pool: Pool, timeout_s: float | None = None) -> AsyncIterato
                     cutting.cancel()
     except (psycopg.DataError, psycopg.IntegrityError) as exc:
         raise RecordRefused(f"The database refused the data ({type(exc).__name__}, {exc.sqlstate}).") from None
+    except psycopg.errors.DiskFull as exc:
+        logger.error(DISK_FULL, extra={"action": "database", "sqlstate": exc.sqlstate})
+        raise DatabaseFull(FULL, retry_after_s=30) from None
     except psycopg.Error as exc:
         extra = {"action": "database", "error": type(exc).__name__, "sqlstate": exc.sqlstate}
         logger.warning("database failed", extra=extra)

@@ -27,13 +27,13 @@ async def check(request: Request) -> Health:
     needed = registry.default("chat") or registry.default("embedding")
     if not (rabbitmq and database and needed and needed not in missing):
         status = "unhealthy"
-    elif missing or not fleet.has("archive"):
+    elif missing or not any(w.type == "archive" and w.ready and not w.problem for w in fleet.workers()):
         status = "degraded"
     else:
         status = "healthy"
     problems = [
         *([] if rabbitmq else ["RabbitMQ is not connected"]),
-        *(["RabbitMQ takes nothing: it is short of memory or of disk"] if state.dispatcher.blocked else []),
+        *([f"RabbitMQ takes nothing: {why}"] if (why := state.dispatcher.blocked) else []),
         *([] if database else ["Postgres does not answer"]),
         *(f"no {m.type} worker for {m.id} is ready" for m in missing),
         *([] if fleet.has("archive") else ["no archivist is ready"]),

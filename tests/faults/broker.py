@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,11 +29,26 @@ async def ctl(rabbitmq: PrivateRabbitMQ, *argv: str) -> str:
     return output.decode()
 
 
-async def kill(rabbitmq: PrivateRabbitMQ) -> None:
-    """SIGKILL; returns once it runs no longer."""
+@asynccontextmanager
+async def killed(rabbitmq: PrivateRabbitMQ) -> AsyncIterator[None]:
+    """By SIGKILL: from when it runs no longer until it is started again."""
     (beam,) = [process for process in naming(rabbitmq.folder) if "beam" in process.name()]
     beam.kill()
     await asyncio.wait_for(rabbitmq.ended(), 20)
+    try:
+        yield
+    finally:
+        await rabbitmq.start()
+
+
+@asynccontextmanager
+async def without_memory(rabbitmq: PrivateRabbitMQ) -> AsyncIterator[None]:
+    """With its alarm."""
+    await ctl(rabbitmq, "set_vm_memory_high_watermark", "0")
+    try:
+        yield
+    finally:
+        await ctl(rabbitmq, "set_vm_memory_high_watermark", "0.4")
 
 
 class Proxy:

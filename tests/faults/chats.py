@@ -44,6 +44,10 @@ class Stream:
     async def begun(self) -> None:
         await until(lambda: self.text)
 
+    def leave(self) -> None:
+        """As a client that has had enough."""
+        self._task.cancel()
+
     async def end(self, timeout_s: float) -> None:
         """Wait for it; what went wrong in reading it is raised."""
         await asyncio.wait_for(asyncio.shield(self._task), timeout_s)

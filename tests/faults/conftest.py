@@ -1,6 +1,8 @@
 """What faults are done to: a rig of processes without an engine (seconds), and a whole stack with one (a minute)."""
 
+import shutil
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -8,11 +10,21 @@ import pytest
 
 from server.errors import PREFIX
 from tests.faults.guarded import Guarded, guarded_service
-from tests.faults.rig import Rig, Stores, rig, sharing, stores
+from tests.faults.rig import Rig, Stores, own_folder, sharing, stores
 from tests.stack import Stack, whole_stack
 
 MOST_RIGS = 100
 """Tests that share the stores."""
+MOST_FRAGILE = 10
+"""Few, as a broker that comes back looks after every virtual host."""
+
+
+@asynccontextmanager
+async def stores_for(rigs: int) -> AsyncIterator[Stores]:
+    with own_folder() as folder:
+        async with stores(folder) as made:
+            await made.set_aside(rigs)
+            yield made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,10 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stores]:
+async def shared() -> AsyncIterator[Stores]:
     """Broker and database of all tests that do nothing to these."""
-    async with stores(tmp_path_factory.mktemp("stores")) as made:
-        await made.set_aside(MOST_RIGS)
+    async with stores_for(MOST_RIGS) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+async def breakable() -> AsyncIterator[Stores]:
+    """Broker and database of the tests that break these; each leaves them whole."""
+    async with stores_for(MOST_FRAGILE) as made:
         yield made
 
 
@@ -39,9 +57,9 @@ async def parts(tmp_path: Path, shared: Stores) -> AsyncIterator[Rig]:
 
 
 @pytest.fixture
-async def own_parts(tmp_path: Path) -> AsyncIterator[Rig]:
-    """The same with a broker and a Postgres of its own, to be broken."""
-    async with rig(tmp_path) as made:
+async def fragile(tmp_path: Path, breakable: Stores) -> AsyncIterator[Rig]:
+    """The same, of a broker and a Postgres that may be broken for a while."""
+    async with sharing(tmp_path, breakable) as made:
         yield made
 
 
@@ -65,5 +83,6 @@ def paths(guarded: Guarded) -> list[str]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One for all tests here; whoever breaks it waits until it is whole again."""
-    with whole_stack(tmp_path_factory.mktemp("faults")) as running:
+    with own_folder() as folder, whole_stack(folder) as running:
         yield running
+        shutil.copytree(running.folder / "logs", tmp_path_factory.mktemp("stack") / "logs")

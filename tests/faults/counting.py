@@ -2,8 +2,9 @@
 
 It speaks every dialect, and says after "say " what it was told to, as one token.
 `python -m tests.faults.counting --model ID --slots N`. The file named by BEGUN gets a line for each job it begins: what
-was asked; and the one named by STOPPED, for each that was halted, the time. Asked with a temperature and without a
-seed, it counts from its own process id: what is sampled differs from one run to the next as well.
+was asked; and the one named by STOPPED, for each that was halted, the time. That of BEGUN with `.jsonl` behind its name
+gets one for each that begins or ends: when, and by when it should have. Asked with a temperature and without a seed, it
+counts from its own process id: what is sampled differs from one run to the next as well.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+import msgspec
 
 from server.core import logging as json_logging
 from server.core.messages import Job, Record, WorkerType
@@ -42,6 +45,13 @@ class CountingWorker(Worker):
     async def handle(self, job: Job, reply: Reply) -> Answer:
         question = asked(job)
         _write_down("BEGUN", question.partition("\n")[0])
+        _tell("begun", job)
+        try:
+            return await self._say(job, question, reply)
+        finally:
+            _tell("ended", job)
+
+    async def _say(self, job: Job, question: str, reply: Reply) -> Answer:
         head = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": self.model}
         first = os.getpid() if job.body.get("temperature") and job.body.get("seed") is None else 0
         speaker, stream = Speaker(job.api, head), job.body.get("stream")
@@ -83,6 +93,18 @@ class CountingWorker(Worker):
 def _write_down(name: str, line: str) -> None:
     with Path(os.environ[name]).open("a") as written:
         written.write(f"{line}\n")
+
+
+def _tell(event: str, job: Job) -> None:
+    told = {
+        "event": event,
+        "at": time.time(),
+        "asked_at": job.created_at,
+        "deadline": job.deadline,
+        "asked": asked(job),
+    }
+    with Path(f"{os.environ['BEGUN']}.jsonl").open("ab") as file:
+        file.write(msgspec.json.encode(told) + b"\n")
 
 
 def main() -> int:

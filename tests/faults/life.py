@@ -1,6 +1,7 @@
 """A service whose worker counts (tests/faults/counting.py), and what is done with it."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,12 @@ class Life:
     def _written(self, name: str) -> list[str]:
         path = self.parts.folder / name
         return path.read_text().splitlines() if path.exists() else []
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        """When workers begun, or ended, jobs: `at`, `asked_at` and `deadline` in Unix seconds, and what was `asked`."""
+        path = self.parts.folder / "begun.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [told for told in map(json.loads, lines) if told["event"] == event]
 
     async def new_worker(self, slots: int = 8) -> Child:
         """Counts, as soon as it is heard of."""

@@ -7,9 +7,10 @@ import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -55,6 +56,15 @@ class Stores:
         return f"{server}/{name}?{database}", f"{self.amqp_url.removesuffix('%2F')}{name}"
 
 
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """For stores. Postgres, started by root, is another user's process and has to reach its own: pytest's folder will
+    not do, which each session that starts shuts to others. And a socket's path must be short."""
+    with TemporaryDirectory(prefix="qwen3-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
 @asynccontextmanager
 async def stores(folder: Path) -> AsyncIterator[Stores]:
     postgres, rabbitmq = PrivatePostgres(folder / "postgres"), PrivateRabbitMQ(folder / "rabbitmq")
@@ -77,6 +87,10 @@ class Rig:
     amqp_url: str
     key: str
     children: list[Child] = field(default_factory=list)
+
+    @property
+    def vhost(self) -> str:
+        return self.amqp_url.rpartition("/")[2]
 
     @property
     def models_file(self) -> Path:
@@ -143,10 +157,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(folder: Path) -> AsyncIterator[Rig]:
-    """A rig with stores of its own, without servers and workers yet."""
-    async with stores(folder) as own, _rig(folder, own, own.database_url, own.amqp_url) as made:
-        yield made
+async def rig(folder: Path, stores_folder: Path | None = None) -> AsyncIterator[Rig]:
+    """A rig with stores of its own (in `stores_folder`, where that matters), without servers and workers yet."""
+    with ExitStack() as stack:
+        where = stores_folder or stack.enter_context(own_folder())
+        async with stores(where) as own, _rig(folder, own, own.database_url, own.amqp_url) as made:
+            yield made
 
 
 @asynccontextmanager
@@ -169,8 +185,9 @@ async def _rig(folder: Path, own: Stores, database_url: str, amqp_url: str) -> A
 
 
 @asynccontextmanager
-async def kept_alive(private: PrivatePostgres | PrivateRabbitMQ) -> AsyncIterator[None]:
-    """It is started again whenever it ends."""
+async def kept_alive(private: PrivatePostgres | PrivateRabbitMQ) -> AsyncIterator[list[str]]:
+    """It is started again whenever it ends, as `up` does; what `up` would say of that."""
+    told: list[str] = []
 
     async def keep() -> None:
         while True:
@@ -179,12 +196,13 @@ async def kept_alive(private: PrivatePostgres | PrivateRabbitMQ) -> AsyncIterato
                 try:
                     await private.start()
                     break
-                except BadSettings:
-                    await asyncio.sleep(5)
+                except BadSettings as exc:
+                    told.append(exc.message)
+                    await asyncio.sleep(2)
 
     keeping = asyncio.create_task(keep())
     try:
-        yield
+        yield told
         assert not keeping.done()
     finally:
         keeping.cancel()

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import stat
+from pathlib import Path
 
 import psutil
 import psycopg
@@ -13,12 +14,6 @@ from server.core.errors import BrokerUnavailable
 from tests.faults.rig import Rig
 from tests.processes import marked, naming
 from tests.stack import Stack
-
-
-@pytest.fixture
-def parts(own_parts: Rig) -> Rig:
-    """What is done here is done to the stores."""
-    return own_parts
 
 
 def listening(processes: list[psutil.Process]) -> dict[str, set[tuple[str, int]]]:
@@ -48,7 +43,7 @@ async def test_nothing_listens_beyond_this_machine(parts: Rig) -> None:
     await parts.echo()
     await parts.archive()
     # When their sockets are looked at
-    found = listening([*psutil.Process().children(recursive=True), *naming(parts.folder)])
+    found = listening([*psutil.Process().children(recursive=True), *naming(parts.rabbitmq.folder)])
     # Then the broker, its node's own port and its name daemon are there, all on loopback
     assert parts.rabbitmq._ports is not None
     amqp, distribution, epmd = parts.rabbitmq._ports
@@ -76,13 +71,12 @@ async def test_the_private_services_ask_for_a_password(parts: Rig) -> None:
     with pytest.raises(BrokerUnavailable):
         await AmqpLink(f"amqp://guest:guest@127.0.0.1:{port}/%2F", "test", nothing).start(timeout_s=3)
     # Then nobody is let in; and the passwords are for their owner's eyes
-    folder = parts.rabbitmq.folder
-    secrets = [folder / "password", folder / "rabbitmq.conf", folder / ".erlang.cookie"]
-    secrets += [parts.folder / "postgres" / "password"]
+    folder, postgres = parts.rabbitmq.folder, Path(wanted["host"])
+    secrets = [folder / "password", folder / "rabbitmq.conf", folder / ".erlang.cookie", postgres / "password"]
     for path in secrets:
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
         assert path.stat().st_uid == os.geteuid(), path
-    assert stat.S_IMODE((parts.folder / "postgres").stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(postgres.stat().st_mode) & 0o077 == 0
 
 
 def test_nothing_of_the_whole_service_listens_beyond_this_machine(stack: Stack) -> None:

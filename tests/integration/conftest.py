@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,27 +11,36 @@ from server.core.settings import Settings
 from server.db.pool import Pool, make_pool, migrate
 from server.db.store import Store
 from server.private import PrivatePostgres, PrivateRabbitMQ
+from tests.faults.rig import own_folder
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """For a private store, which pytest's own would not do for."""
+    with own_folder() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
-async def amqp_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    broker = PrivateRabbitMQ(tmp_path_factory.mktemp("broker") / "rabbitmq")
-    try:
-        yield await broker.start()
-    finally:
-        await broker.stop()
+async def amqp_url() -> AsyncIterator[str]:
+    with own_folder() as folder:
+        broker = PrivateRabbitMQ(folder / "rabbitmq")
+        try:
+            yield await broker.start()
+        finally:
+            await broker.stop()
 
 
 @pytest.fixture(scope="session")
-async def database_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    folder: Path = tmp_path_factory.mktemp("database")
-    postgres = PrivatePostgres(folder / "postgres")
-    try:
-        url = await postgres.start()
-        migrate(url)
-        yield url
-    finally:
-        await postgres.stop()
+async def database_url() -> AsyncIterator[str]:
+    with own_folder() as folder:
+        postgres = PrivatePostgres(folder / "postgres")
+        try:
+            url = await postgres.start()
+            migrate(url)
+            yield url
+        finally:
+            await postgres.stop()
 
 
 @pytest.fixture(scope="session")

@@ -157,3 +157,17 @@ async def test_no_broker_is_an_error_in_time() -> None:
     link = AmqpLink("amqp://guest:guest@127.0.0.1:1/", "test", nothing)
     with pytest.raises(BrokerUnavailable):
         await link.start(timeout_s=0.5)
+
+
+async def test_it_can_be_closed_at_any_moment_of_being_refused() -> None:
+    # Given nobody who listens; when a link is closed so many turns of the loop after it was started
+    for turns in range(60):
+        link = AmqpLink("amqp://guest:guest@127.0.0.1:1/", "test", nothing)
+        starting = asyncio.create_task(link.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        # Then it ends, and does not go on trying
+        async with asyncio.timeout(5):
+            await link.close()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)

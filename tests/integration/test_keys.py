@@ -15,6 +15,7 @@ from psycopg import conninfo
 from server import keys
 from server.core.errors import DatabaseUnavailable, RecordRefused
 from server.db.listen import listen
+from server.db.outage import Outage
 from server.db.pool import Pool, make_pool, migrate
 from server.db.store import KeyRow, Row, Store
 from server.keys import CHANNEL, KeyCache
@@ -30,6 +31,10 @@ class WatchedStore:
         self.lookups = self.counts = 0
         self.down = False
         self.before_answer: Callable[[], Any] | None = None
+
+    async def ping(self) -> None:
+        if self.down:
+            raise DatabaseUnavailable("cut off")
 
     async def find_key(self, hash_: bytes) -> KeyRow | None:
         self.lookups += 1
@@ -87,7 +92,7 @@ class Heard(KeyCache):
 
 @asynccontextmanager
 async def listening(watched: WatchedStore, url: str) -> AsyncIterator[Heard]:
-    cache = Heard(watched)  # type: ignore[arg-type]
+    cache = Heard(watched, Outage(watched.ping))  # type: ignore[arg-type]
     task = asyncio.create_task(listen(url, CHANNEL, cache))
     await until(lambda: cache.listening)
     yield cache
@@ -272,9 +277,10 @@ async def test_keys_in_use_are_let_in_while_the_database_is_down(
     assert await valid(cache, key)
     assert await valid(cache, key)
     assert watched.lookups == 2
-    # And no other
+    # And no other, of which it is not asked either
     with pytest.raises(DatabaseUnavailable):
         await cache.find(secrets.token_bytes(32))
+    assert watched.lookups == 2
     # And not for ever
     monkeypatch.setattr(keys, "GRACE_S", 0.0)
     with pytest.raises(DatabaseUnavailable):
@@ -293,6 +299,10 @@ async def test_wrong_keys_and_many_keys_fill_nothing(
     assert len(cache._kept) == 3
 
 
+def rate_limiter(store: Store | WatchedStore, limit: int) -> RateLimiter:
+    return RateLimiter(store, limit, Outage(store.ping))  # type: ignore[arg-type]
+
+
 async def beginning_of_a_minute() -> None:
     if time.time() % 60 > 50:
         await asyncio.sleep(60 - time.time() % 60)
@@ -303,7 +313,7 @@ async def test_every_request_is_counted_once_by_all_servers_together(
 ) -> None:
     await beginning_of_a_minute()
     # Given two servers' limiters, and two keys
-    one, two = RateLimiter(watched, 50), RateLimiter(store, 50)  # type: ignore[arg-type]
+    one, two = rate_limiter(watched, 50), rate_limiter(store, 50)
     # When many requests of both come at once
     asked = [limiter.count(id_) for _ in range(20) for limiter in (one, two) for id_ in (key.id, key_id)]
     states = await asyncio.gather(*asked)
@@ -319,7 +329,7 @@ async def test_every_request_is_counted_once_by_all_servers_together(
 
 
 async def test_a_new_minute_begins_at_one(store: Store, pool: Pool, key: Key) -> None:
-    limiter = RateLimiter(store, 50)
+    limiter = rate_limiter(store, 50)
     for _ in range(3):
         await limiter.count(key.id)
     async with pool.connection() as conn:
@@ -331,7 +341,7 @@ async def test_a_new_minute_begins_at_one(store: Store, pool: Pool, key: Key) ->
 
 async def test_a_statement_of_the_minute_before_takes_nothing_back(store: Store, pool: Pool, key: Key) -> None:
     # Given a count that another server has begun in the next minute already
-    limiter = RateLimiter(store, 50)
+    limiter = rate_limiter(store, 50)
     await limiter.count(key.id)
     async with pool.connection() as conn:
         await conn.execute("UPDATE rate_windows SET minute = minute + interval '1 min' WHERE key_id = %s", [key.id])
@@ -341,7 +351,7 @@ async def test_a_statement_of_the_minute_before_takes_nothing_back(store: Store,
 
 
 async def test_a_revoked_key_is_not_counted(store: Store, key: Key) -> None:
-    limiter = RateLimiter(store, 50)
+    limiter = rate_limiter(store, 50)
     assert await limiter.count(key.id) is not None
     await store.revoke_key(key.id)
     assert await limiter.count(key.id) is None
@@ -350,7 +360,7 @@ async def test_a_revoked_key_is_not_counted(store: Store, key: Key) -> None:
 
 async def test_a_request_that_leaves_takes_no_others_count(store: Store, key: Key) -> None:
     await beginning_of_a_minute()
-    limiter = RateLimiter(store, 50)
+    limiter = rate_limiter(store, 50)
     leaving = asyncio.create_task(limiter.count(key.id))
     staying = asyncio.create_task(limiter.count(key.id))
     await asyncio.sleep(0)
@@ -365,7 +375,7 @@ async def test_without_a_database_each_server_counts_for_itself(
     watched: WatchedStore, key: Key, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await beginning_of_a_minute()
-    limiter = RateLimiter(watched, 2)  # type: ignore[arg-type]
+    limiter = rate_limiter(watched, 2)
     watched.down = True
     states = [await limiter.count(key.id) for _ in range(3)]
     assert [state.requests for state in states if state is not None] == [1, 2, 3]
@@ -373,9 +383,7 @@ async def test_without_a_database_each_server_counts_for_itself(
     assert watched.counts == 1
     # When it is back, that is noticed, and it counts again
     watched.down = False
-    limiter._look_at = 0.0
-    assert await limiter.count(key.id) is not None
-    await until(lambda: not limiter._down)
+    await until(lambda: limiter._outage._looking is None)
     state = await limiter.count(key.id)
     assert state is not None
     assert state.requests == 1

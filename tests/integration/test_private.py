@@ -13,28 +13,28 @@ from tests.integration.test_amqp import until
 from tests.processes import naming
 
 
-async def test_a_killed_postgres_comes_back(tmp_path: Path) -> None:
+async def test_a_killed_postgres_comes_back(folder: Path) -> None:
     # Given a row that is committed
-    postgres = PrivatePostgres(tmp_path / "postgres")
+    postgres = PrivatePostgres(folder / "postgres")
     url = await postgres.start()
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("CREATE TABLE kept AS SELECT 1 AS one")
     # When Postgres is killed
     ended = asyncio.create_task(postgres.ended())
     await asyncio.sleep(0.1)
-    os.kill(int((tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()[0]), signal.SIGKILL)
+    os.kill(int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0]), signal.SIGKILL)
     await asyncio.wait_for(ended, 20)
     # Then it is started again where it was, and the row is there
     assert await postgres.start() == url
     with psycopg.connect(url) as connection:
         assert connection.execute("SELECT one FROM kept").fetchall() == [(1,)]
     await postgres.stop()
-    await until(lambda: naming(tmp_path) == [])
+    await until(lambda: naming(folder) == [])
 
 
-async def test_postgres_is_set_for_its_machine(tmp_path: Path) -> None:
+async def test_postgres_is_set_for_its_machine(folder: Path) -> None:
     # Given a Postgres that was started before
-    postgres = PrivatePostgres(tmp_path / "postgres")
+    postgres = PrivatePostgres(folder / "postgres")
     url = await postgres.start()
     wanted = [line.split(" = ")[0] for line in postgres_conf(memory_limit()).splitlines()]
     with psycopg.connect(url, autocommit=True) as connection:
@@ -45,17 +45,17 @@ async def test_postgres_is_set_for_its_machine(tmp_path: Path) -> None:
         connection.execute("ALTER SYSTEM SET shared_buffers = '64MB'")
     await postgres.stop()
     # Then that stays so at the next start
-    postgres = PrivatePostgres(tmp_path / "postgres")
+    postgres = PrivatePostgres(folder / "postgres")
     with psycopg.connect(await postgres.start()) as connection:
         assert connection.execute("SHOW shared_buffers").fetchall() == [("64MB",)]
         assert connection.execute("SHOW jit").fetchall() == [("off",)]
-    assert (tmp_path / "postgres" / "postgresql.conf").read_text().count("machine.conf") == 1
+    assert (folder / "postgres" / "postgresql.conf").read_text().count("machine.conf") == 1
     await postgres.stop()
 
 
-async def test_a_killed_rabbitmq_comes_back(tmp_path: Path) -> None:
+async def test_a_killed_rabbitmq_comes_back(folder: Path) -> None:
     # Given a message in a durable queue, delivered and not acked
-    rabbitmq = PrivateRabbitMQ(tmp_path / "rabbitmq")
+    rabbitmq = PrivateRabbitMQ(folder / "rabbitmq")
     url = await rabbitmq.start()
     got: list[Delivery] = []
 
@@ -68,12 +68,13 @@ async def test_a_killed_rabbitmq_comes_back(tmp_path: Path) -> None:
     await link.publish("kept", b"message")
     await until(lambda: got)
     # When the broker is killed
-    (beam,) = [process for process in naming(tmp_path) if "beam" in process.name()]
+    (beam,) = [process for process in naming(folder) if "beam" in process.name()]
     beam.kill()
     await asyncio.wait_for(rabbitmq.ended(), 20)
     # Then it comes back where it was, the link by itself, and the message is delivered again
     assert await rabbitmq.start() == url
-    await until(lambda: [delivery.body for delivery in got] == [b"message", b"message"], timeout_s=90)
+    await until(lambda: len(got) > 1, timeout_s=90)
+    assert {delivery.body for delivery in got} == {b"message"}
     await link.close()
     await rabbitmq.stop()
-    assert naming(tmp_path) == []
+    assert naming(folder) == []

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from server.auth import PREFIX, ensure_keys, hash_key, new_key
 from server.core.errors import PayloadTooLarge
 from server.core.settings import Settings
+from server.db.outage import Outage
 from server.db.store import KeyRow
 from server.errors import add_error_handlers
 from server.keyed import JsonRequest, KeyedRoute, direct_routes
@@ -60,6 +61,9 @@ class FakeStore:
             return None
         self.keys[hash_] = KeyRow(len(self.keys) + 1, name, hash_, is_admin, None)
         return len(self.keys)
+
+    async def ping(self) -> None:
+        """It always answers."""
 
     async def find_key(self, hash_: bytes) -> KeyRow | None:
         return self.keys.get(hash_)
@@ -187,8 +191,9 @@ async def client(store: FakeStore, request: pytest.FixtureRequest) -> AsyncItera
     app = FastAPI()
     add_error_handlers(app)
     app.state.settings = Settings(max_body_bytes=LIMIT * 8)
-    app.state.keys = KeyCache(store)  # type: ignore[arg-type]
-    app.state.rates = RateLimiter(store, 3)  # type: ignore[arg-type]
+    outage = Outage(store.ping)
+    app.state.keys = KeyCache(store, outage)  # type: ignore[arg-type]
+    app.state.rates = RateLimiter(store, 3, outage)  # type: ignore[arg-type]
     await store.create_key("ada", hash_key("qk-ada"))
     router = APIRouter(route_class=KeyedRoute)
 

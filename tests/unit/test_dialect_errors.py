@@ -13,6 +13,7 @@ from server.auth import hash_key
 from server.core import errors
 from server.core.errors import ServiceError
 from server.core.settings import Settings
+from server.db.outage import Outage
 from server.errors import Dialect, add_error_handlers, dialect_of, error_body, status_of
 from server.keyed import direct_routes
 from server.keys import KeyCache
@@ -50,6 +51,7 @@ TOLD: list[tuple[type[ServiceError], int, str, str, str | None]] = [
     (errors.Unavailable, 503, SERVER, "overloaded_error", None),
     (errors.BrokerUnavailable, 503, SERVER, "overloaded_error", None),
     (errors.DatabaseUnavailable, 503, SERVER, "overloaded_error", None),
+    (errors.DatabaseFull, 503, SERVER, "overloaded_error", None),
     (errors.NoWorker, 503, SERVER, "overloaded_error", None),
     (errors.AnswerLost, 503, SERVER, "overloaded_error", None),
     (errors.DeadlineExceeded, 504, SERVER, "timeout_error", None),
@@ -127,8 +129,9 @@ def app(routed: FastAPI) -> FastAPI:
     """The same, where `qk-ada` may ask three times and nobody has asked yet."""
     routed.state.settings = Settings()
     routed.state.registry, routed.state.store = REGISTRY, FakeStore()
-    routed.state.keys = KeyCache(routed.state.store)
-    routed.state.rates = RateLimiter(routed.state.store, 3)
+    outage = Outage(routed.state.store.ping)
+    routed.state.keys = KeyCache(routed.state.store, outage)
+    routed.state.rates = RateLimiter(routed.state.store, 3, outage)
     routed.state.started_at = 1
     return routed
 

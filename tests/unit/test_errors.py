@@ -40,6 +40,7 @@ STATUSES = {
     errors.Unavailable: 503,
     errors.BrokerUnavailable: 503,
     errors.DatabaseUnavailable: 503,
+    errors.DatabaseFull: 503,
     errors.NoWorker: 503,
     errors.AnswerLost: 503,
     errors.DeadlineExceeded: 504,

@@ -2,8 +2,8 @@
 
 It speaks every dialect, and says after "say " what it was told to, as one token.
 `python -m tests.faults.counting --model ID --slots N`. The file named by BEGUN gets a line for each job it begins: what
-was asked; and the one named by STOPPED, for each that was halted, the time. That of BEGUN with `.jsonl` behind its name
-gets one for each that begins or ends: when, and by when it should have. Asked with a temperature and without a seed, it
+was asked; the one named by STOPPED, for each that was halted, the time; the one named by TOLD, for each that begins or
+ends, as JSON: when, and by when it should have. Asked with a temperature and without a seed, it
 counts from its own process id: what is sampled differs from one run to the next as well.
 """
 
@@ -91,20 +91,14 @@ class CountingWorker(Worker):
 
 
 def _write_down(name: str, line: str) -> None:
-    with Path(os.environ[name]).open("a") as written:
-        written.write(f"{line}\n")
+    if path := os.environ.get(name):
+        with Path(path).open("a") as written:
+            written.write(f"{line}\n")
 
 
 def _tell(event: str, job: Job) -> None:
-    told = {
-        "event": event,
-        "at": time.time(),
-        "asked_at": job.created_at,
-        "deadline": job.deadline,
-        "asked": asked(job),
-    }
-    with Path(f"{os.environ['BEGUN']}.jsonl").open("ab") as file:
-        file.write(msgspec.json.encode(told) + b"\n")
+    told = {"event": event, "at": time.time(), "asked_at": job.created_at, "deadline": job.deadline}
+    _write_down("TOLD", msgspec.json.encode(told | {"asked": asked(job)}).decode())
 
 
 def main() -> int:

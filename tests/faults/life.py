@@ -40,14 +40,12 @@ class Life:
 
     def told(self, event: str) -> list[dict[str, Any]]:
         """When workers begun, or ended, jobs: `at`, `asked_at` and `deadline` in Unix seconds, and what was `asked`."""
-        path = self.parts.folder / "begun.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [told for told in map(json.loads, lines) if told["event"] == event]
+        return [told for told in map(json.loads, self._written("told")) if told["event"] == event]
 
     async def new_worker(self, slots: int = 8) -> Child:
         """Counts, as soon as it is heard of."""
         argv = ("tests.faults.counting", "--model", MODEL, "--slots", str(slots))
-        files = {name.upper(): str(self.parts.folder / name) for name in ("begun", "stopped")}
+        files = {name.upper(): str(self.parts.folder / name) for name in ("begun", "stopped", "told")}
         child = await self.parts.run("counting", *argv, **files, **self.settings)
         await until(self.ready)
         return child

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,10 +115,13 @@ class Stack:
 
 
 @contextmanager
-def whole_stack(folder: Path, **settings: str) -> Iterator[Stack]:
-    """One over `folder / "data"`; in the end it must stop well and leave nothing behind."""
+def whole_stack(folder: Path, weights: Path | None = None, **settings: str) -> Iterator[Stack]:
+    """One over `folder / "data"`; in the end it must stop well and leave nothing behind. Without `weights` (the
+    stand-in's, below a folder of its recipe's name) it teaches its stand-in first."""
     running = Stack(folder / "data", settings=settings)
     running.folder.mkdir()
+    if weights is not None:
+        shutil.copytree(weights, running.folder / "smoke" / weights.name)
     running.start()
     yield running
     status = running.stop()

@@ -344,8 +344,8 @@ class Worker(ABC):
             reply.fail(run.stopped)
         elif answer is not None:
             reply.send(answer.kind, answer.data)
-        if recorded is not None:
-            await recorded
+        if recorded is not None and await recorded:
+            reply.repeat()  # a connection that lost the record may have lost the frames before it as well
         return "done" if run.stopped is None else "expired" if run.stopped is late else "cancelled"
 
     async def _feel_for(self, job: Job) -> None:

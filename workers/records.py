@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 RETRY_S = 1.0
 
 
-def send_record(link: AmqpLink, record: Record, parent: str, ours: Callable[[], Awaitable[object]]) -> Awaitable[None]:
-    """Send the record now; what is returned ends when the broker has it, however long that takes.
+def send_record(link: AmqpLink, record: Record, parent: str, ours: Callable[[], Awaitable[object]]) -> Awaitable[bool]:
+    """Send the record now; what is returned ends when the broker has it, however long that takes, and says whether it
+    was sent again.
 
     `parent` is the span it belongs to. `ours` is awaited before it is sent again: meanwhile another worker may have
     been given the job, and its record is the one that counts.
@@ -37,7 +38,8 @@ def send_record(link: AmqpLink, record: Record, parent: str, ours: Callable[[], 
 
 async def _until_recorded(
     link: AmqpLink, record: Record, confirmed: Awaitable[None], ours: Callable[[], Awaitable[object]], span: Span
-) -> None:
+) -> bool:
+    again = False
     with span:
         while True:
             try:
@@ -48,8 +50,9 @@ async def _until_recorded(
                 logger.warning("record not published yet", extra=extra)
                 await asyncio.sleep(RETRY_S)
                 await ours()
+                again = True
                 confirmed = link.publish(
                     topology.HISTORY, encode(record), message_id=record.request_id, traceparent=record.traceparent
                 )
             else:
-                return
+                return again

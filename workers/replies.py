@@ -133,6 +133,7 @@ class Reply:
         self._request_id = request_id
         self._run = uuid.uuid4().hex[:8]
         self._seq = itertools.count()
+        self._last: Frame | None = None
         self._taken_at = time.monotonic()
 
     def send(self, kind: FrameKind, data: bytes = b"") -> None:
@@ -149,7 +150,13 @@ class Reply:
         seq = next(self._seq)
         if seq == 1 and kind == "chunk":  # after the word that the job was taken
             spans.first_token(elapsed_s)
-        self._outbox.add(self._reply_to, Frame(self._request_id, self._run, seq, kind, data, elapsed_s))
+        self._last = Frame(self._request_id, self._run, seq, kind, data, elapsed_s)
+        self._outbox.add(self._reply_to, self._last)
+
+    def repeat(self) -> None:
+        """The last frame again. Whoever has it leaves it; who lacks it, or one before it, learns how the run ended."""
+        if self._last is not None:
+            self._outbox.add(self._reply_to, self._last)
 
     def fail(self, error: ServiceError) -> None:
         self.send("error", encode(ErrorFrame(error.status, error.message, error.param, error.code)))

@@ -1,6 +1,8 @@
 """What faults are done to: a rig of processes without an engine (seconds), and a whole stack with one (a minute)."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from server.errors import PREFIX
 from tests.faults.guarded import Guarded, guarded_service
 from tests.faults.rig import Rig, Stores, own_folder, sharing, stores
 from tests.stack import Stack, whole_stack
+from workers.smoke import recipe_hash
 
 MOST_RIGS = 100
 """Tests that share the stores."""
@@ -27,9 +30,10 @@ async def stores_for(rigs: int) -> AsyncIterator[Stores]:
             yield made
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes run the tests, each takes whole files, and one all that need an engine, at once."""
-    engine = [item for item in items if {"stack", "weights"} & set(getattr(item, "fixturenames", ()))]
+    engine = [item for item in items if "weights" in getattr(item, "fixturenames", ())]
     for item in items:
         item.add_marker(pytest.mark.xdist_group("engine" if item in engine else item.path.name))
     items.sort(key=lambda item: item not in engine)
@@ -81,8 +85,17 @@ def paths(guarded: Guarded) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def weights(request: pytest.FixtureRequest) -> Path:
+    """The stand-in for the chat model, taught once for as long as its recipe stays."""
+    folder: Path = request.config.cache.mkdir("smoke") / recipe_hash()
+    if not (folder / "config.json").exists():
+        subprocess.run([sys.executable, "-m", "workers", "smoke", "--out", str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Stack]:
     """One for all tests here; whoever breaks it waits until it is whole again."""
-    with own_folder() as folder, whole_stack(folder) as running:
+    with own_folder() as folder, whole_stack(folder, weights) as running:
         yield running
         shutil.copytree(running.folder / "logs", tmp_path_factory.mktemp("stack") / "logs")

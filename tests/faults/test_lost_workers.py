@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,20 +15,10 @@ import pytest
 
 from server.process import Child
 from tests.faults.rig import Rig, answers, healthy, rig, until
-from workers.smoke import recipe_hash
 
 MODEL = "qwen3-smoke"
 COUNT = [{"role": "user", "content": "Count to fifteen."}]
 WEATHER = {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]}
-
-
-@pytest.fixture(scope="module")
-def weights(request: pytest.FixtureRequest) -> Path:
-    """The stand-in, taught once for as long as its recipe stays."""
-    folder: Path = request.config.cache.mkdir("smoke") / recipe_hash()
-    if not (folder / "config.json").exists():
-        subprocess.run([sys.executable, "-m", "workers", "smoke", "--out", str(folder)], check=True)
-    return folder
 
 
 class Service:

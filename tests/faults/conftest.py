@@ -6,9 +6,11 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from server.errors import PREFIX
 from tests.faults.guarded import Guarded, guarded_service
@@ -30,13 +32,16 @@ async def stores_for(rigs: int) -> AsyncIterator[Stores]:
             yield made
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes run the tests, each takes whole files, and one all that need an engine, at once."""
-    engine = [item for item in items if "weights" in getattr(item, "fixturenames", ())]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("engine" if item in engine else item.path.name))
-    items.sort(key=lambda item: item not in engine)
+class _ByFile(LoadScopeScheduling):
+    """Where several processes run the tests, each takes whole files, and one all that need an engine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "engine" if "/engine/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ class CountingWorker(Worker):
 
     async def _say(self, job: Job, question: str, reply: Reply) -> Answer:
         head = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": self.model}
-        first = os.getpid() if job.body.get("temperature") and job.body.get("seed") is None else 0
+        first = os.getpid() if job.body.get("temperature") == 1 and job.body.get("seed") is None else 0
         speaker, stream = Speaker(job.api, head), job.body.get("stream")
         said: list[str] = [question[4:]] if question.startswith("say ") else []
         bound = len(said) or most(job)

@@ -13,9 +13,9 @@ import psycopg
 import pytest
 
 from tests.faults.dialects import STREAMING, body_of, text_in, text_of
+from tests.faults.engine.test_hostile_texts import TEXTS
 from tests.faults.life import CHAT, Event, Life, events, life, numbers, say
 from tests.faults.rig import Rig, until
-from tests.faults.test_hostile_texts import TEXTS
 
 KEY = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 

@@ -12,8 +12,7 @@ import pytest
 from server.core.amqp import AmqpLink
 from server.core.errors import BrokerUnavailable
 from tests.faults.rig import Rig
-from tests.processes import marked, naming
-from tests.stack import Stack
+from tests.processes import naming
 
 
 def listening(processes: list[psutil.Process]) -> dict[str, set[tuple[str, int]]]:
@@ -77,11 +76,3 @@ async def test_the_private_services_ask_for_a_password(parts: Rig) -> None:
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
         assert path.stat().st_uid == os.geteuid(), path
     assert stat.S_IMODE(postgres.stat().st_mode) & 0o077 == 0
-
-
-def test_nothing_of_the_whole_service_listens_beyond_this_machine(stack: Stack) -> None:
-    # Given all of it, the engine included; when its sockets are looked at
-    found = listening(marked(str(stack.folder)) + naming(stack.folder))
-    # Then all are on loopback
-    assert "beam.smp" in found
-    assert beyond(found) == []

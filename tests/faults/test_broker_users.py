@@ -16,19 +16,19 @@ GUIDE = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
 USERS = re.findall(r"^broker set_permissions (\w+) '(.*)' '(.*)' '(.*)'$", GUIDE, re.MULTILINE)
 
 
-async def test_each_process_has_a_user_that_may_do_its_work(own_parts: Rig) -> None:
+async def test_each_process_has_a_user_that_may_do_its_work(fragile: Rig) -> None:
     # Given users with the permissions of the guide
     urls = {}
     for name, *permissions in USERS:
-        await ctl(own_parts.rabbitmq, "add_user", name, "secret")
-        await ctl(own_parts.rabbitmq, "set_permissions", name, *permissions)
-        urls[name] = re.sub("//.*@", f"//{name}:secret@", own_parts.amqp_url)
+        await ctl(fragile.rabbitmq, "add_user", name, "secret")
+        await ctl(fragile.rabbitmq, "set_permissions", "--vhost", fragile.vhost, name, *permissions)
+        urls[name] = re.sub("//.*@", f"//{name}:secret@", fragile.amqp_url)
     # When each process has its own, on a broker where nothing was declared before, then a chat is answered and kept
-    own_parts.serve(**{MODEL: {}, "vectors": {"type": "embedding"}})
-    await own_parts.archive(AMQP_URL=urls["archive"])
-    await own_parts.echo(AMQP_URL=urls["worker"])
-    url, _ = await own_parts.server(AMQP_URL=urls["server"])
-    async with own_parts.client(url) as client:
+    fragile.serve(**{MODEL: {}, "vectors": {"type": "embedding"}})
+    await fragile.archive(AMQP_URL=urls["archive"])
+    await fragile.echo(AMQP_URL=urls["worker"])
+    url, _ = await fragile.server(AMQP_URL=urls["server"])
+    async with fragile.client(url) as client:
 
         async def answered() -> bool:
             return (await ask(client, NATIVE)).status_code == 200
@@ -39,7 +39,7 @@ async def test_each_process_has_a_user_that_may_do_its_work(own_parts: Rig) -> N
         metrics = (await client.get("/metrics")).text
     assert "\nqwen3_dead_letters 0.0\n" in metrics
     assert f'\nqwen3_workers_busy{{model="{MODEL}"}} ' in metrics
-    for log in own_parts.folder.glob("*.log"):
+    for log in fragile.folder.glob("*.log"):
         assert "ACCESS_REFUSED" not in log.read_text(), log.name
     # And a worker, which runs what others wrote, can read nobody's finished chats, nor those that were given up on
     for queue in (topology.HISTORY, topology.DEAD):

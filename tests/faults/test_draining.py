@@ -271,7 +271,7 @@ async def test_an_embedding_worker_that_holds_texts(parts: Rig, tmp_path: Path) 
         asking = [asyncio.create_task(client.post("/v1/embeddings", json=asked)) for _ in range(8)]
 
         async def are_sent() -> bool:
-            line = 'qwen3_queue_messages{lane="interactive",model="tiny"} 8.0'
+            line = 'qwen3_requests_waiting{model="tiny"} 8.0'
             return line in (await client.get("/metrics")).text.splitlines()
 
         await until(are_sent)

@@ -2,21 +2,20 @@
 
 import asyncio
 
-from tests.faults.broker import ctl
+from tests.faults.broker import without_memory
 from tests.faults.chats import is_refused
 from tests.faults.life import CHAT, life, say
 from tests.faults.rig import Rig, until
 
 
-async def test_what_the_memory_alarm_refused_is_neither_made_nor_kept_nor_billed(own_parts: Rig) -> None:
-    async with life(own_parts, slots=4) as running:
+async def test_what_the_memory_alarm_refused_is_neither_made_nor_kept_nor_billed(fragile: Rig) -> None:
+    async with life(fragile, slots=4) as running:
         # Given a broker without memory, of which the server has not heard yet, so that it sends what it is asked
-        await ctl(own_parts.rabbitmq, "set_vm_memory_high_watermark", "0")
-        refused = [running.client.post(CHAT, json=say(f"refused {n}", max_tokens=50)) for n in range(4)]
-        assert all(is_refused(answer) for answer in await asyncio.gather(*refused))
-        await asyncio.sleep(1)
+        async with without_memory(fragile.rabbitmq):
+            refused = [running.client.post(CHAT, json=say(f"refused {n}", max_tokens=50)) for n in range(4)]
+            assert all(is_refused(answer) for answer in await asyncio.gather(*refused))
+            await asyncio.sleep(1)
         # When there is memory again, and the broker reads what it was sent
-        await ctl(own_parts.rabbitmq, "set_vm_memory_high_watermark", "0.4")
 
         async def answered() -> bool:
             return (await running.client.post(CHAT, json=say("taken", max_tokens=1))).status_code == 200

@@ -175,7 +175,7 @@ class Worker(ABC):
         runs = {run.task: run for run in self._intake.runs.values() if run.task is not None}
         if runs:
             _, late = await asyncio.wait(runs, timeout=self.settings.drain_timeout_s)
-            alone = [task for task in late if runs[task].job.body.get("stream") and not may_continue(runs[task].job)]
+            alone = [task for task in late if _ends_here(runs[task])]
             for task in alone:  # others cannot go on with it: it ends here, and is recorded as far as it came
                 self._end(runs[task], AnswerLost("The worker is stopping, and has no time left for the rest."))
             if alone:
@@ -192,7 +192,7 @@ class Worker(ABC):
         await link.declare_jobs(self.model, self.settings.queue_max_jobs)
         await link.listen(topology.CONTROL, self._on_control)
         self._listening_since = time.time()
-        if not self._intake.closed:  # otherwise it came back for what is in hand alone
+        if not self._intake.closed:
             await self._intake.consume(link)
         self._intake.back()
 
@@ -337,7 +337,7 @@ class Worker(ABC):
             whole = run.stopped is None
             record = answer.record if whole else replace(answer.record, finish_reason="cancelled")
             recorded = send_record(
-                self._publisher, record, tracing.current().traceparent or job.traceparent, run.ours.wait
+                self._publisher, record, tracing.current().traceparent or job.traceparent, run.counts
             )
         # The record left before the last frame does: whoever has the whole answer has it in history too.
         if run.stopped is not None:
@@ -366,6 +366,11 @@ class Worker(ABC):
         if run.job.created_at < before or run.delivery.attempt > 1 or run.source.lane is None:
             self._outbox.flush()
             await asyncio.sleep(HEAR_S)
+
+
+def _ends_here(run: Run) -> bool:
+    """Whether nobody else can go on with it."""
+    return bool(run.reply and run.reply.told and run.job.body.get("stream")) and not may_continue(run.job)
 
 
 def _exit_at_once(_number: int, _frame: object) -> None:

@@ -85,7 +85,8 @@ class Intake:
 
     async def consume(self, link: AmqpLink) -> None:
         """On a new connection."""
-        self._at_once, self._survived, self._wider = isqrt(self.slots["interactive"].count), 0, []
+        held = sum(run.source is self.retries for run in self.runs.values())
+        self._at_once, self._survived, self._wider = max(isqrt(self.slots["interactive"].count), held), 0, []
         # One suspect at a time: if it ends this worker, no other one counts a delivery.
         self._consumers = [
             await link.consume(self.suspects.queue, partial(self.take, self.suspects), 1),
@@ -191,15 +192,18 @@ class Intake:
 
     def lost(self) -> None:
         """The connection is lost: the broker gives what waits to somebody, and what runs as well, or to us again."""
+        if self._missing is not None:
+            self._missing.cancel()
         self._clear()
         for run in self.runs.values():
             run.ours.clear()
 
     def back(self) -> None:
         """There is a connection again."""
-        if self._missing is not None:
-            self._missing.cancel()
-        self._missing = asyncio.get_running_loop().call_later(BACK_S, self._drop_missing)
+        if self.closed:
+            self._drop_missing()  # nothing is taken any more: others are given what was in hand
+        else:
+            self._missing = asyncio.get_running_loop().call_later(BACK_S, self._drop_missing)
 
     def _drop_missing(self) -> None:
         for run in self.runs.values():
@@ -223,6 +227,8 @@ class Intake:
 
     async def _pass_on(self, run: Run) -> None:
         """To another worker. As a new message: a rejected one would count as a try, and this was none."""
+        if not self.consumer.holds(run.delivery):
+            return  # the broker gives it to another
         try:
             await self.publisher.publish(run.source.queue, run.delivery.body, message_id=run.job.id)
         except ServiceError:

@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 RETRY_S = 1.0
 
 
-def send_record(link: AmqpLink, record: Record, parent: str, ours: Callable[[], Awaitable[object]]) -> Awaitable[bool]:
+def send_record(link: AmqpLink, record: Record, parent: str, counts: Callable[[], Awaitable[bool]]) -> Awaitable[bool]:
     """Send the record now; what is returned ends when the broker has it, however long that takes, and says whether it
     was sent again.
 
-    `parent` is the span it belongs to. `ours` is awaited before it is sent again: meanwhile another worker may have
-    been given the job, and its record is the one that counts.
+    `parent` is the span it belongs to. `counts` is asked before it is sent again: meanwhile another worker may have
+    been given the job, whose record is then the one that counts, or nobody may want it any more.
     """
     span = spans.publish(topology.HISTORY, record.request_id, parent)
     if trace := span.traceparent or parent:
@@ -33,11 +33,11 @@ def send_record(link: AmqpLink, record: Record, parent: str, ours: Callable[[], 
     except BrokerUnavailable as exc:
         first = asyncio.get_running_loop().create_future()
         first.set_exception(exc)
-    return _until_recorded(link, record, first, ours, span)
+    return _until_recorded(link, record, first, counts, span)
 
 
 async def _until_recorded(
-    link: AmqpLink, record: Record, confirmed: Awaitable[None], ours: Callable[[], Awaitable[object]], span: Span
+    link: AmqpLink, record: Record, confirmed: Awaitable[None], counts: Callable[[], Awaitable[bool]], span: Span
 ) -> bool:
     again = False
     with span:
@@ -49,7 +49,8 @@ async def _until_recorded(
                 extra = {"action": "record", "request_id": record.request_id, "error": type(exc).__name__}
                 logger.warning("record not published yet", extra=extra)
                 await asyncio.sleep(RETRY_S)
-                await ours()
+                if not await counts():
+                    return again
                 again = True
                 confirmed = link.publish(
                     topology.HISTORY, encode(record), message_id=record.request_id, traceparent=record.traceparent

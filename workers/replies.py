@@ -153,6 +153,11 @@ class Reply:
         self._last = Frame(self._request_id, self._run, seq, kind, data, elapsed_s)
         self._outbox.add(self._reply_to, self._last)
 
+    @property
+    def told(self) -> bool:
+        """Whether something of the answer was."""
+        return self._last is not None and self._last.kind != "started"
+
     def repeat(self) -> None:
         """The last frame again. Whoever has it leaves it; who lacks it, or one before it, learns how the run ended."""
         if self._last is not None:

@@ -50,6 +50,11 @@ class Run:
     def __post_init__(self) -> None:
         self.ours.set()
 
+    async def counts(self) -> bool:
+        """Whether its record does. Waits until that is known."""
+        await self.ours.wait()
+        return not self.unwanted
+
     def drop(self) -> None:
         """End it without a word: another worker answers."""
         self.dropped = True

@@ -304,6 +304,8 @@ class AmqpLink:
             try:
                 await self._connect()
             except BrokerUnavailable as exc:
+                if self._channel is not None:
+                    self._lose()  # messages may have come by it already
                 if self._refusal is not None and not self._was_ready:
                     raise self._refusal from exc  # trying again would change nothing
                 logger.warning("broker not reachable", extra={"action": "amqp_connect", "retry_s": delay_s})

@@ -33,6 +33,8 @@ DEADLINE_GRACE_S = 2.0
 """How much longer than a job's deadline its waiter waits, so that the worker's own word on it arrives."""
 
 
+CANCELLED_MAX = 10_000
+
 GIVEN_UP = "given up"
 """In place of a run's name: of this one nothing comes."""
 
@@ -173,6 +175,9 @@ class Inbox:
         self.on_begun: Callable[[str], None] = lambda request_id: None
         self._name = name
         self.waiting: dict[str, Waiter] = {}
+        self._cancelled: dict[str, bool] = {}
+        """The last ones, and whether nothing is to be recorded of them."""
+        self._untold: list[str] = []
         self._models = models
         self._queue_max_jobs = queue_max_jobs
         self._also_consume = also_consume
@@ -223,11 +228,12 @@ class Inbox:
             try:
                 async with asyncio.timeout(job.deadline - time.time()):
                     await confirmed
-            except TimeoutError as exc:
-                self.cancel(job.id, unwanted=True)
-                raise DeadlineExceeded("The message broker did not take the request in time.") from exc
-            except BrokerUnavailable:
+            except (TimeoutError, BrokerUnavailable) as exc:
+                if waiter.started:
+                    return  # the broker has it, whatever it confirms
                 self.cancel(job.id, unwanted=True)  # the broker may have it all the same, or read it yet
+                if isinstance(exc, TimeoutError):
+                    raise DeadlineExceeded("The message broker did not take the request in time.") from exc
                 raise
 
     def release(self, request_id: str) -> None:
@@ -239,10 +245,19 @@ class Inbox:
         is recorded."""
         if (waiter := self.waiting.get(request_id)) is not None:
             waiter.cancelled = True
+        unwanted = self._cancelled[request_id] = unwanted or self._cancelled.get(request_id, False)
+        if len(self._cancelled) > CANCELLED_MAX:
+            del self._cancelled[next(iter(self._cancelled))]
         try:
             self.publisher.broadcast(topology.CONTROL, encode(Cancel(request_id, unwanted)))
         except BrokerUnavailable:
-            return  # the reply queue is gone too, and the worker stops by that
+            self._untold.append(request_id)
+
+    def _tell_again(self) -> None:
+        """What could not be told while there was no connection. Workers may have gone on meanwhile, on theirs."""
+        untold, self._untold = self._untold, []
+        for request_id in untold:
+            self.cancel(request_id)
 
     async def _setup_publisher(self, link: AmqpLink) -> None:
         await link.declare_dead_letters()
@@ -251,6 +266,7 @@ class Inbox:
         await link.declare_fanout(topology.STATUS)  # of an archivist that is the first to come
         for model in self._models:
             await link.declare_jobs(model, self._queue_max_jobs)
+        asyncio.get_running_loop().call_soon(self._tell_again)  # when the connection may be used
 
     async def _setup_consumer(self, link: AmqpLink) -> None:
         # A new name for each connection: the broker may hold on to the old one's queue for a while.
@@ -271,7 +287,7 @@ class Inbox:
             waiter = self.waiting.get(frame.request_id)
             if frame.kind == "started" and (waiter is None or waiter.cancelled):
                 # By a worker that was not there to hear it the first time; or it was refused; or another has answered.
-                self.cancel(frame.request_id, unwanted=waiter is None)
+                self.cancel(frame.request_id, unwanted=waiter is None and frame.request_id not in self._cancelled)
             if waiter is not None:
                 if waiter.unread_bytes > self._max_unread_bytes:
                     self._give_up(waiter)

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from server.core.errors import DatabaseUnavailable
+from server.core.errors import DatabaseFull, DatabaseUnavailable
 from server.db.pool import DOWN, within
 
 T = TypeVar("T")
@@ -26,6 +26,8 @@ class Outage:
             raise DatabaseUnavailable(DOWN, retry_after_s=5)
         try:
             return await within(timeout_s, question())
+        except DatabaseFull:
+            raise  # it answers
         except (DatabaseUnavailable, TimeoutError) as exc:
             if self._looking is None:
                 self._looking = asyncio.create_task(self._look())

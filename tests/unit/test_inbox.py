@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from server.core.amqp import Delivery
-from server.core.errors import ClientTooSlow, DeadlineExceeded, EngineFailed, Unavailable
+from server.core.errors import BrokerUnavailable, ClientTooSlow, DeadlineExceeded, EngineFailed, Unavailable
 from server.core.inbox import Inbox, Waiter
-from server.core.messages import ErrorFrame, Frame, FrameKind, Job, encode, encode_frames
+from server.core.messages import Cancel, ErrorFrame, Frame, FrameKind, Job, decode, encode, encode_frames
 
 
 def job(deadline_in_s: float = 10) -> Job:
@@ -132,3 +132,66 @@ async def test_a_large_answer_in_one_piece_is_not_given_up() -> None:
 
 def delivery(arrived: list[Frame]) -> Delivery:
     return Delivery(encode_frames(arrived), 1, 1, channel=None)
+
+
+class FakeLink:
+    """Keeps what would be told all workers, once `down` is false."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.told: list[Cancel] = []
+
+    def broadcast(self, _exchange: str, body: bytes) -> None:
+        if self.down:
+            raise BrokerUnavailable("down")
+        self.told.append(decode(Cancel, body))
+
+    async def publish_soon(self, *_args: object, **_kwargs: object) -> None:
+        raise BrokerUnavailable("not confirmed")
+
+
+@pytest.fixture
+async def inbox() -> Inbox:
+    made = Inbox("amqp://127.0.0.1:1/", "test", ["m"], 8)
+    made.publisher = FakeLink()  # type: ignore[assignment]
+    return made
+
+
+def begun(inbox: Inbox) -> None:
+    inbox._on_frames(Delivery(encode_frames(frames("a", "started")), 1, 1, None))  # type: ignore[arg-type]
+
+
+async def test_what_was_refused_is_not_wanted_whoever_begins_it(inbox: Inbox) -> None:
+    waiter = inbox.waiting["id"] = Waiter(job())
+    with pytest.raises(BrokerUnavailable):
+        await inbox.send(waiter, "interactive")
+    inbox.release("id")
+    inbox.cancel("id")  # as whoever ends a request does
+    begun(inbox)
+    assert inbox.publisher.told == [Cancel("id", unwanted=True)] * 3  # type: ignore[attr-defined]
+
+
+async def test_what_has_begun_is_not_refused_for_want_of_a_confirm(inbox: Inbox) -> None:
+    waiter = inbox.waiting["id"] = Waiter(job())
+    begun(inbox)
+    await inbox.send(waiter, "interactive")
+    assert inbox.publisher.told == []  # type: ignore[attr-defined]
+
+
+async def test_what_was_left_is_recorded_and_what_is_over_is_not_made_again(inbox: Inbox) -> None:
+    inbox.cancel("id")
+    begun(inbox)
+    assert inbox.publisher.told == [Cancel("id"), Cancel("id")]  # type: ignore[attr-defined]
+    inbox._cancelled.clear()  # and another one, which was answered
+    begun(inbox)
+    assert inbox.publisher.told[-1] == Cancel("id", unwanted=True)  # type: ignore[attr-defined]
+
+
+async def test_a_cancel_is_told_when_the_connection_is_back(inbox: Inbox) -> None:
+    inbox.publisher.down = True  # type: ignore[attr-defined]
+    inbox.cancel("id", unwanted=True)
+    inbox.publisher.down = False  # type: ignore[attr-defined]
+    inbox._tell_again()
+    assert inbox.publisher.told == [Cancel("id", unwanted=True)]  # type: ignore[attr-defined]
+    inbox._tell_again()
+    assert len(inbox.publisher.told) == 1  # type: ignore[attr-defined]

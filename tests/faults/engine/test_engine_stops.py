@@ -104,7 +104,7 @@ def read_some(lines: Iterator[str], count: int = 40) -> str:
 
 
 @pytest.mark.parametrize("how", ["left", "deleted"])
-def test_streams_of_every_dialect_stop(stack: Stack, client: httpx.Client, how: str) -> None:
+def test_streams_of_all_dialects_but_one_stop(stack: Stack, client: httpx.Client, how: str) -> None:
     (before,) = told_by_engine(stack, "generation_tokens_total")
     with ExitStack() as opened:
         # Given a stream in each dialect

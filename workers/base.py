@@ -38,8 +38,9 @@ HEAR_S = 0.25
 """For a server to say that nobody waits for a job any more."""
 END_S = 2.0
 """For what is ended while this worker drains to be recorded."""
-HALT_S = 0.5
-"""For an engine that was told to stop to hand over what it has made; then it is taken by force."""
+HALT_S = 3.0
+"""For an engine that was told to stop to hand over what it has made; then it is taken by force, and what it has made is
+not recorded. Longer than a process stands still that others keep from its core."""
 
 TOLD_HUNG_S = 6.0
 """A model that owes an answer for this long, and does nothing, is not ready."""

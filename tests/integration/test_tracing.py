@@ -214,7 +214,7 @@ async def test_log_lines_say_which_trace_they_are_of(
 
 @pytest.mark.parametrize("given", ["nonsense", "00-" + "0" * 32 + "-" + "a" * 16 + "-01", "ff-" + "a" * 32 + "-b-01"])
 async def test_a_wrong_traceparent_is_ignored(
-    receiver: Receiver, client: httpx.AsyncClient, echo: Child, given: str
+    receiver: Receiver, client: httpx.AsyncClient, archive: Child, echo: Child, given: str
 ) -> None:
     # When a request comes with what is no trace
     answer = await client.post(ROUTE, json=chat(), headers={"traceparent": given})

@@ -80,6 +80,13 @@ async def guarded(tmp_path_factory: pytest.TempPathFactory, shared: Stores) -> A
         yield made
 
 
+@pytest.fixture
+async def nobody_else_was_harmed(guarded: Guarded) -> AsyncIterator[None]:
+    """Looks after the test whether it is."""
+    yield
+    await guarded.is_well()
+
+
 @pytest.fixture(scope="session")
 def paths(guarded: Guarded) -> list[str]:
     """Every path that takes a POST, and one under the prefix."""

@@ -33,7 +33,7 @@ from tests.faults.chats import (
     serves,
 )
 from tests.faults.disk import disk, fill
-from tests.faults.life import numbers
+from tests.faults.life import counting, numbers
 from tests.faults.rig import MODEL, Rig, Stores, kept_alive, own_folder, rig, sharing, until
 
 RECONNECT_S = 10
@@ -43,11 +43,6 @@ NOTICED_S = 10
 FOR_EVER = 10_000
 """Tokens: at 50 a second, an answer that no command and no busy machine is slower than."""
 HELD = "qwen3-held"
-
-
-async def counting(parts: Rig, **settings: str) -> Child:
-    """A worker whose streams count until they are stopped: whatever is lost, doubled or garbled of one shows."""
-    return await parts.run("counting", "tests.faults.counting", "--model", MODEL, **settings)
 
 
 def counts(stream: Stream) -> int:
@@ -90,7 +85,7 @@ async def test_rabbitmq_is_killed_and_comes_back(fragile: Rig) -> None:
     parts = fragile
     parts.serve(**{MODEL: {}, HELD: {}})
     url, _ = await parts.server(START_ON_DEMAND=HELD)
-    await counting(parts)
+    await counting(parts, "counting")
     await parts.archive()
     async with parts.client(url) as client:
         await healthy(client)
@@ -153,7 +148,7 @@ async def reached(tmp_path_factory: pytest.TempPathFactory, shared: Stores) -> A
             await way.start()
             stack.push_async_callback(way.stop)
         url, _ = await parts.server(AMQP_URL=ways[0].url)
-        worker = await counting(parts, AMQP_URL=ways[1].url)
+        worker = await counting(parts, "counting", AMQP_URL=ways[1].url)
         await parts.archive()
         client = await stack.enter_async_context(parts.client(url))
         yield Reached(parts, client, worker, *ways)
@@ -278,7 +273,7 @@ async def test_rabbitmqs_memory_alarm(fragile: Rig) -> None:
     parts = fragile
     url, server = await parts.server()
     idle_url, _ = await parts.server("idle")
-    await counting(parts)
+    await counting(parts, "counting")
     await parts.archive()
     async with parts.client(url) as client, parts.client(idle_url) as idle:
         await healthy(client)

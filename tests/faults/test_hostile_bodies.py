@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,11 +11,7 @@ from tests.faults.guarded import Guarded
 from tests.faults.raw import ask
 from tests.faults.test_hostile_http import in_shape, post
 
-
-@pytest.fixture(autouse=True)
-async def nobody_else_was_harmed(guarded: Guarded) -> AsyncIterator[None]:
-    yield
-    await guarded.is_well()
+pytestmark = pytest.mark.usefixtures("nobody_else_was_harmed")
 
 
 @pytest.mark.parametrize(

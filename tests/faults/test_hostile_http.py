@@ -4,7 +4,6 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 import pytest
@@ -40,10 +39,7 @@ def post(path: str, key: str, *headers: bytes, body: bytes = CHAT, framed: bool 
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-@pytest.fixture(autouse=True)
-async def nobody_else_was_harmed(guarded: Guarded) -> AsyncIterator[None]:
-    yield
-    await guarded.is_well()
+pytestmark = pytest.mark.usefixtures("nobody_else_was_harmed")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ ENDED_S = 600.0
 MAX_ENDED = 10_000
 """How many of them; the oldest are forgotten first."""
 
+HEARD_S = 2.0
+"""In which a broker takes a message that serves well; an answer to a probe cannot wait for longer."""
 LOOK_EVERY_S = 1.0
 """How often workers are looked at: as often as they tell of themselves."""
 
@@ -140,11 +142,12 @@ class Dispatcher:
         return self.inbox.publisher.blocked
 
     async def heard(self) -> bool:
-        """Whether the broker takes messages now, found out by sending ourselves an empty one: who sends nothing is not
-        told that it is blocked, and would take workers that cannot speak for gone."""
+        """Whether the broker takes messages now, found out by sending ourselves an empty one, within HEARD_S: who sends
+        nothing is not told that it is blocked, and would take workers that cannot speak for gone."""
         try:
-            await self.inbox.publisher.settle(self.inbox.queue, encode_frames([]))
-        except BrokerUnavailable:
+            async with asyncio.timeout(HEARD_S):
+                await self.inbox.publisher.settle(self.inbox.queue, encode_frames([]))
+        except (BrokerUnavailable, TimeoutError):
             return False
         return True
 

@@ -110,11 +110,7 @@ async def _busy(dispatcher: Dispatcher, models: list[str]) -> list[GaugeMetricFa
     Not said while the broker is not there, or takes nothing for want of memory or disk: workers are not heard then, and
     a 0 would send them home.
     """
-    try:
-        async with asyncio.timeout(SCRAPE_TIMEOUT_S):
-            if not dispatcher.connected or not await dispatcher.heard():
-                return []
-    except TimeoutError:
+    if not dispatcher.connected or not await dispatcher.heard():
         return []
     busy = GaugeMetricFamily("qwen3_workers_busy", "Jobs in the ready workers' hands, in workers", labels=["model"])
     ready = [worker for worker in dispatcher.fleet.workers() if worker.ready and worker.slots]

@@ -36,11 +36,9 @@ WAITED_S = 1.0
 """A job older than this when it is taken may have lost its client meanwhile."""
 HEAR_S = 0.25
 """For a server to say that nobody waits for a job any more."""
-END_S = 2.0
-"""For what is ended while this worker drains to be recorded."""
 HALT_S = 3.0
-"""For an engine that was told to stop to hand over what it has made; then it is taken by force, and what it has made is
-not recorded. Longer than a process stands still that others keep from its core."""
+"""For an engine that was told to stop to hand over what it has made, and for that to be recorded; then it is taken by
+force, and what it has made is not recorded. Longer than a process stands still that others keep from its core."""
 
 TOLD_HUNG_S = 6.0
 """A model that owes an answer for this long, and does nothing, is not ready."""
@@ -180,7 +178,7 @@ class Worker(ABC):
             for task in alone:  # others cannot go on with it: it ends here, and is recorded as far as it came
                 self._end(runs[task], AnswerLost("The worker is stopping, and has no time left for the rest."))
             if alone:
-                await asyncio.wait(alone, timeout=END_S)
+                await asyncio.wait(alone, timeout=HALT_S)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)

@@ -1,5 +1,6 @@
 """`/health` and its two short forms. They need no key and tell what is so at this moment."""
 
+import asyncio
 import time
 from datetime import UTC, datetime
 from typing import Literal
@@ -21,11 +22,12 @@ async def check(request: Request) -> Health:
     registry: Registry = state.registry
     chat, embedding = _loaded(fleet, registry, "chat"), _loaded(fleet, registry, "embedding")
     rabbitmq = state.dispatcher.connected
-    database = await state.store.answers()
+    database, heard = await asyncio.gather(state.store.answers(), state.dispatcher.heard())
+    blocked = state.dispatcher.blocked
     status: Literal["healthy", "degraded", "unhealthy"]
     missing = [m for m in registry.models if not fleet.has(m.type, m.id) and m.id not in state.dispatcher.on_demand]
     needed = registry.default("chat") or registry.default("embedding")
-    if not (rabbitmq and database and needed and needed not in missing):
+    if blocked or not (rabbitmq and database and needed and needed not in missing):
         status = "unhealthy"
     elif missing or not any(w.type == "archive" and w.ready and not w.problem for w in fleet.workers()):
         status = "degraded"
@@ -33,7 +35,8 @@ async def check(request: Request) -> Health:
         status = "healthy"
     problems = [
         *([] if rabbitmq else ["RabbitMQ is not connected"]),
-        *([f"RabbitMQ takes nothing: {why}"] if (why := state.dispatcher.blocked) else []),
+        *([f"RabbitMQ takes nothing: {blocked}"] if blocked else []),
+        *(["RabbitMQ does not answer"] if rabbitmq and not heard and not blocked else []),
         *([] if database else ["Postgres does not answer"]),
         *(f"no {m.type} worker for {m.id} is ready" for m in missing),
         *([] if fleet.has("archive") else ["no archivist is ready"]),

@@ -282,7 +282,14 @@ async def test_rabbitmqs_memory_alarm(fragile: Rig) -> None:
         await until(lambda: busy(idle))
         # When the broker has no memory left
         async with without_memory(parts.rabbitmq):
-            # Then the second one does not say that the worker, which cannot tell how it fares, has nothing to do
+            # Then the second one says so all the same
+
+            async def told() -> bool:
+                return "RabbitMQ takes nothing: low on memory" in (await health(idle))["problems"]
+
+            await until(told, 2 * STALE_S)
+            assert (await idle.get("/health/ready")).status_code == 503
+            # And it does not say that the worker, which cannot tell how it fares, has nothing to do
 
             async def unknown() -> bool:
                 told = await busy(idle)

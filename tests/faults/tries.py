@@ -34,7 +34,9 @@ class Question:
 
     @property
     def over(self) -> bool:
-        return all(one.outcome in ("answered", "refused", "broken") for one in self.tries)
+        """No fault meets it any more. What was refused or broken may still be under way in a worker: its record counts
+        on that worker's life."""
+        return all(one.outcome == "answered" for one in self.tries)
 
     def lost_a_server(self) -> bool:
         return any(self.met[server] for server in self.servers)

@@ -12,7 +12,9 @@ CHAT = "/v1/chat/completions"
 FLOOD = 250
 """As many as one key may have, which is four times what the engine runs at once."""
 
-ON_ITS_WAY = 6
+UNSEEN = 6
+"""How many may have begun when the other key asks, without a token here yet: this process reads hundreds of streams."""
+ON_ITS_WAY = 12
 """What may begin until the other key's request has come to the worker: from here both ways are seen, on two cores that
 others use too. More than fifty wait; tests/faults/test_fairness.py counts at the worker."""
 
@@ -65,17 +67,18 @@ async def test_another_key_starts_within_two_slots_of_the_engine(stack: Stack) -
                 assert not any(task.done() and task.exception() for task in asked)
             for turn in range(1, 5):
                 # When another key asks
-                waited, sent_at = await waiting(flood), time.monotonic()
+                unseen = FLOOD
+                async with asyncio.timeout(60):
+                    while unseen > UNSEEN:
+                        waited, sent_at = await waiting(flood), time.monotonic()
+                        unseen = FLOOD - waited - len(flooding.begun)
                 assert waited > 50
-                on_their_way = FLOOD - waited - len(flooding.begun)  # begun by then, without a token yet
                 await others.ask(other, 8)
                 # Then its answer begins when few of the flood's have begun that waited before it
                 between = sum(sent_at < at < others.begun[-1] for at in flooding.begun)
-                print(
-                    f"begun after {others.begun[-1] - sent_at:.2f} s and {between} others, {on_their_way} on their way"
-                )
+                print(f"begun after {others.begun[-1] - sent_at:.2f} s and {between} others, {unseen} of them before")
                 assert len(others.begun) == turn
-                assert between <= 2 + ON_ITS_WAY + max(on_their_way, 0)
+                assert between <= 2 + ON_ITS_WAY + UNSEEN
         finally:
             for task in asked:
                 task.cancel()

@@ -168,8 +168,9 @@ async def test_killed(service: Service) -> None:
         reading = [asyncio.create_task(read(client, *asked, got[kind])) for kind, asked in (kinds | cut).items()]
         await until(lambda: running(client, len(got)))
         while not all(len(lines) >= 8 for lines in got.values()):
+            assert not any(task.done() for task in reading), "it was not slow enough"
             core.resume()
-            await asyncio.sleep(0.004)
+            await asyncio.sleep(0.002)
             core.suspend()
             await asyncio.sleep(0.03)
         # And with a chat in its hands of which the engine has made nothing

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field
 
 import httpx
 
@@ -12,18 +11,21 @@ CHAT = "/v1/chat/completions"
 FLOOD = 250
 """As many as one key may have, which is four times what the engine runs at once."""
 
-UNSEEN = 6
-"""How many may have begun when the other key asks, without a token here yet: this process reads hundreds of streams."""
-ON_ITS_WAY = 12
-"""What may begin until the other key's request has come to the worker: from here both ways are seen, on two cores that
-others use too. More than fifty wait; tests/faults/test_fairness.py counts at the worker."""
+ON_ITS_WAY = 18
+"""What may begin besides: the other key's request and the counts travel, on two cores that others use too. Without
+turns it would be all of the 50 and more that wait; tests/faults/test_fairness.py counts at the worker."""
 
 
-def chat(max_tokens: int, **fields: object) -> dict[str, object]:
-    """One that takes as many tokens as it may."""
+def chat(max_tokens: int) -> dict[str, object]:
+    """One that takes as many tokens as it may. Not streamed: of thousands of events a second all are seen late."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    forced = {"max_tokens": max_tokens, "ignore_eos": True, "enable_thinking": False, "temperature": 0}
-    return {"messages": messages, **forced, **fields}
+    return {
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "enable_thinking": False,
+        "temperature": 0,
+    }
 
 
 def client_of(stack: Stack, name: str) -> httpx.AsyncClient:
@@ -32,53 +34,34 @@ def client_of(stack: Stack, name: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=200, trust_env=False, limits=limits)
 
 
-async def waiting(client: httpx.AsyncClient) -> float:
+async def waiting(client: httpx.AsyncClient) -> int:
+    """Requests that no worker has begun."""
     page = (await client.get("/metrics")).text
-    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("qwen3_requests_waiting{"))
+    return sum(int(float(line.split()[-1])) for line in page.splitlines() if line.startswith("qwen3_requests_waiting{"))
 
 
-@dataclass
-class Streams:
-    """When each of them began, by its first token; how many have ended."""
-
-    begun: list[float] = field(default_factory=list)
-    ended: int = 0
-
-    async def ask(self, client: httpx.AsyncClient, max_tokens: int) -> None:
-        # Looked at no closer than that: hundreds of streams in one process.
-        async with client.stream("POST", CHAT, json=chat(max_tokens, stream=True)) as response:
-            assert response.status_code == 200
-            begun = False
-            async for piece in response.aiter_raw():
-                if not begun and b'data: {"' in piece:
-                    begun = True
-                    self.begun.append(time.monotonic())
-        self.ended += 1
+async def ask(client: httpx.AsyncClient, max_tokens: int) -> None:
+    answer = await client.post(CHAT, json=chat(max_tokens))
+    assert answer.status_code == 200, answer.text
 
 
 async def test_another_key_starts_within_two_slots_of_the_engine(stack: Stack) -> None:
-    flooding, others = Streams(), Streams()
     async with client_of(stack, "flood") as flood, client_of(stack, "other") as other:
         # Given one key with hundreds of requests, of different lengths, so that slots are freed one by one
-        asked = [asyncio.create_task(flooding.ask(flood, 200 + 13 * (n % 61))) for n in range(FLOOD)]
+        asked = [asyncio.create_task(ask(flood, 200 + 13 * (n % 61))) for n in range(FLOOD)]
         try:
-            while flooding.ended < 5:
+            while sum(task.done() for task in asked) < 5:
                 await asyncio.sleep(0.05)
-                assert not any(task.done() and task.exception() for task in asked)
-            for turn in range(1, 5):
+            for _ in range(4):
                 # When another key asks
-                unseen = FLOOD
-                async with asyncio.timeout(60):
-                    while unseen > UNSEEN:
-                        waited, sent_at = await waiting(flood), time.monotonic()
-                        unseen = FLOOD - waited - len(flooding.begun)
-                assert waited > 50
-                await others.ask(other, 8)
-                # Then its answer begins when few of the flood's have begun that waited before it
-                between = sum(sent_at < at < others.begun[-1] for at in flooding.begun)
-                print(f"begun after {others.begun[-1] - sent_at:.2f} s and {between} others, {unseen} of them before")
-                assert len(others.begun) == turn
-                assert between <= 2 + ON_ITS_WAY + UNSEEN
+                before, sent_at = await waiting(other), time.monotonic()
+                assert before > 50
+                await ask(other, 1)
+                # Then it is answered when few of the flood's have begun that waited before it
+                between = before - await waiting(other)
+                print(f"answered after {time.monotonic() - sent_at:.2f} s, {between} of {before} others begun by then")
+                assert between <= 2 + ON_ITS_WAY
+            assert not any(task.done() and task.exception() for task in asked)
         finally:
             for task in asked:
                 task.cancel()

@@ -62,7 +62,7 @@ class Line:
         if key.count >= key.weight * (self._bound - waiting):
             who = "The queue of this model is full" if waiting >= self._bound else "Too many requests of this key wait"
             raise self.refusal(who, wait_s)
-        if wait_s is not None and wait_s + self._job_s > MARGIN * (job.deadline - time.time()):
+        if waiting and wait_s is not None and wait_s + self._job_s > MARGIN * (job.deadline - time.time()):
             raise self.refusal("The requests that wait would take longer than this one may", wait_s)
         if not self._key_of:
             self._since = time.monotonic()

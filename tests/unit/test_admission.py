@@ -132,6 +132,14 @@ def test_who_would_not_be_done_in_time_is_not_taken(clock: Clock) -> None:
     assert line.enter(job("mine", 2, left_s=11))
 
 
+def test_where_nobody_waits_the_time_of_others_refuses_nobody(clock: Clock) -> None:
+    # Given workers that are idle, and whose last jobs were long
+    line = Line(100)
+    line.hear([worker(job_s=60.0)], "me")
+    # Then a job with less time than that is let in: it may be a short one
+    assert line.enter(job("short", left_s=10))
+
+
 def test_where_a_request_stands(clock: Clock) -> None:
     line = Line(100)
     ids = fill(line, 30)

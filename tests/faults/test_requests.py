@@ -24,6 +24,12 @@ async def look(client: httpx.AsyncClient, request_id: str) -> dict[str, Any]:
     return found
 
 
+async def recorded(client: httpx.AsyncClient, request_id: str) -> dict[str, Any] | None:
+    """The request once it is in the history, which may be a moment after its end."""
+    found = await look(client, request_id)
+    return found if found["finish_reason"] else None
+
+
 async def test_running_requests_are_stopped_through_another_server(parts: Rig) -> None:
     async with life(parts) as running:
         made = await asyncio.gather(*(stopped(running, path) for path in STREAMING))
@@ -53,7 +59,7 @@ async def stopped(running: Life, path: str) -> int:
     in_shape(told, path)
     assert "cancelled" in read[-1].data
     for client in (running.client, running.other):
-        found = await look(client, request_id)
+        found = await until(lambda client=client: recorded(client, request_id))
         assert found["status"] == found["finish_reason"] == "cancelled"
         made: int = found["usage"]["completion_tokens"]
         assert found["message"] == {"role": "assistant", "content": numbers(made)}
@@ -175,12 +181,7 @@ async def test_a_finished_request_gives_its_answer(parts: Rig) -> None:
     async with life(parts) as running:
         answer = await running.client.post(CHAT, json=say("count", max_tokens=5))
         request_id = answer.headers["x-request-id"]
-
-        async def whole() -> Any:
-            found = await look(running.other, request_id)
-            return found if found["usage"] else None
-
-        found = await until(whole)
+        found = await until(lambda: recorded(running.other, request_id))
         assert (found["status"], found["finish_reason"]) == ("completed", "stop")
         assert found["message"] == answer.json()["choices"][0]["message"]
         assert answer.json()["usage"] == answer.json()["usage"] | found["usage"]

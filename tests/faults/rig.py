@@ -7,7 +7,7 @@ import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -152,7 +152,8 @@ class Rig:
     async def stop(self) -> None:
         for child in self.children:
             if not child.exited:
-                os.kill(child.process.pid, signal.SIGCONT)  # what is frozen hears no other signal
+                with suppress(ProcessLookupError):  # it may have ended in this very moment
+                    os.kill(child.process.pid, signal.SIGCONT)  # what is frozen hears no other signal
         await asyncio.gather(*(child.stop(timeout_s=10) for child in self.children))
 
 

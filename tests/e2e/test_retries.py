@@ -41,19 +41,20 @@ def test_both_sdks_wait_and_ask_again_after_a_429(stack: Stack, slow_server: str
     def note(response: httpx.Response) -> None:
         retried.append(response.status_code)
 
+    asked: Any = {"model": MODEL, "messages": [user(FRANCE)], "max_tokens": 50, "temperature": 0}
     hooks: Any = {"response": [note]}
     other = anthropic.Anthropic(base_url=slow_server, api_key=keys[1])
     with httpx.Client(event_hooks=hooks) as http, ThreadPoolExecutor() as pool:
         client = openai.OpenAI(base_url=f"{slow_server}/v1", api_key=keys[0], http_client=http)
-        waiting = pool.submit(other.messages.create, model=MODEL, messages=[user(FRANCE)], max_tokens=50)
-        completion = client.chat.completions.create(model=MODEL, messages=[user(FRANCE)], extra_body=QUICK)
+        waiting = pool.submit(other.messages.create, **asked)
+        completion = client.chat.completions.create(extra_body=QUICK, **asked)
         message = waiting.result()
     # Then they wait as long as they are told, and are answered
     assert completion.choices[0].message.content == PARIS
     assert message.content[0].model_dump()["text"] == PARIS
     assert (retried[0], retried[-1]) == (429, 200)
     with pytest.raises(anthropic.RateLimitError):
-        other.with_options(max_retries=0).messages.create(model=MODEL, messages=[user(FRANCE)], max_tokens=50)
+        other.with_options(max_retries=0).messages.create(**asked)
 
 
 def test_a_simple_list_has_no_variants_which_work_all_the_same(stack: Stack, slow_server: str) -> None:

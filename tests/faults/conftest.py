@@ -14,7 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from server.errors import PREFIX
 from tests.faults.guarded import Guarded, guarded_service
-from tests.faults.rig import Rig, Stores, own_folder, sharing, stores
+from tests.faults.rig import RIGS, Rig, Stores, own_folder, sharing, stores
 from tests.stack import Stack, whole_stack
 from workers.smoke import recipe_hash
 
@@ -22,6 +22,10 @@ MOST_RIGS = 100
 """Tests that share the stores."""
 MOST_FRAGILE = 10
 """Few, as a broker that comes back looks after every virtual host."""
+
+
+LOGGED = 20
+"""Lines of a process's log that are told of a test that failed."""
 
 
 @asynccontextmanager
@@ -42,6 +46,18 @@ class _ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
     return _ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Iterator[Any]:
+    """With a failure come the last lines of what its processes have logged meanwhile."""
+    report = yield
+    if report.failed:
+        for log in sorted(log for folder in RIGS for log in folder.glob("*.log")):
+            if log.stat().st_mtime >= call.start:
+                lines = log.read_text(errors="replace").splitlines()[-LOGGED:]
+                report.sections.append((log.name, "\n".join(line[:400] for line in lines)))
+    return report
 
 
 @pytest.fixture(scope="session")

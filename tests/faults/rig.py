@@ -173,9 +173,14 @@ async def sharing(folder: Path, shared: Stores) -> AsyncIterator[Rig]:
         yield made
 
 
+RIGS: list[Path] = []
+"""The folders of all that were made."""
+
+
 @asynccontextmanager
 async def _rig(folder: Path, own: Stores, database_url: str, amqp_url: str) -> AsyncIterator[Rig]:
     made = Rig(folder, own.postgres, own.rabbitmq, database_url, amqp_url, key="")
+    RIGS.append(folder)
     try:
         async with made.store() as store:
             made.key = await _make_key(store, "admin", is_admin=True)

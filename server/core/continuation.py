@@ -130,11 +130,11 @@ class Continuation:
             raise Differs
         self._repeated[part.scope][part.lane] = at + len(again)
         part.text = part.text[len(again) :]
+        if part.holder is not None:
+            part.holder[part.field] = part.text
         if not part.text:
             return False
         self._check_repeated(part.scope)  # or it would come before something that was told
-        if part.holder is not None:
-            part.holder[part.field] = part.text
         return True
 
     def _check_repeated(self, scope: int) -> None:
@@ -252,9 +252,11 @@ def _keep(content: Content, left: set[tuple[int, Lane]]) -> None:
 
 
 def _call_left(call: Content, at: int, left: set[tuple[int, Lane]]) -> Content | None:
-    """A tool call's delta without its head, where that was told; None where nothing of it is new."""
-    if (at, ("call", call["index"])) in left:
+    """An item of a chunk's tool calls without its head, where that was told; None where nothing of it is new. A call's
+    head and the beginning of its arguments may be two items of one chunk."""
+    function = call.get("function") or {}
+    if function.get("name") and (at, ("call", call["index"])) in left:
         return call
-    if (at, ("arguments", call["index"])) in left:
-        return {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
+    if function.get("arguments"):
+        return {"index": call["index"], "function": {"arguments": function["arguments"]}}
     return None

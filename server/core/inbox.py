@@ -96,8 +96,13 @@ class Waiter:
             return again.follow(frame)
         except Differs:
             logger.warning("the second run differs", extra={"action": "continue", "request_id": self.job.id})
-            self._add(_cut_short())
-            return None
+        except Exception:
+            # Its message carries frames of others, who must get them.
+            logger.exception(
+                "the second run is not understood", extra={"action": "continue", "request_id": self.job.id}
+            )
+        self._add(_cut_short())
+        return None
 
     def _begin(self, frame: Frame) -> bool:
         """Follow the run of this frame from now on, if that is a new one."""

@@ -62,11 +62,19 @@ def chat(answer: Answer, cut: Cut) -> list[bytes]:
     reasoning, content, calls = answer
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     deltas += [{"reasoning": piece} for piece in cut(reasoning)] + [{"content": piece} for piece in cut(content)]
+    items: list[dict[str, Any]] = []
     for index, arguments in enumerate(calls):
         first, *rest = cut(arguments)
         head = {"id": f"call-{next(_ids)}", "type": "function", "index": index}
-        deltas.append({"tool_calls": [{**head, "function": {"name": f"f{index}", "arguments": first}}]})
-        deltas += [{"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in rest]
+        if len(first) % 2:  # some engines tell the name by itself
+            items.append({**head, "function": {"name": f"f{index}", "arguments": first}})
+        else:
+            items.append({**head, "function": {"name": f"f{index}"}})
+            rest = [first, *rest]
+        items += [{"index": index, "function": {"arguments": piece}} for piece in rest]
+    for together in cut("-" * len(items)):  # and where tokens come together, several items in one chunk
+        deltas.append({"tool_calls": items[: len(together)]})
+        items = items[len(together) :]
     chunks = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     chunks.append({"index": 0, "delta": {}, "finish_reason": "stop"})
     created = next(_ids)
@@ -172,7 +180,7 @@ def joined(chunks: list[bytes]) -> dict[Any, Any]:
                     if call["function"].get("name"):
                         assert (at, call["index"]) not in once, "a tool call twice"
                         once[at, call["index"]] = (call["function"]["name"], call["type"], bool(call["id"]))
-                    add((at, "call", call["index"]), call["function"]["arguments"])
+                    add((at, "call", call["index"]), call["function"].get("arguments", ""))
                 if delta.get("role"):
                     assert (at, "role") not in once
                     once[at, "role"] = True

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from server.core import continuation
 from server.core.amqp import Delivery
 from server.core.errors import BrokerUnavailable, ClientTooSlow, DeadlineExceeded, EngineFailed, Unavailable
 from server.core.inbox import Inbox, Waiter
@@ -195,3 +196,23 @@ async def test_a_cancel_is_told_when_the_connection_is_back(inbox: Inbox) -> Non
     assert inbox.publisher.told == [Cancel("id", unwanted=True)]  # type: ignore[attr-defined]
     inbox._tell_again()
     assert len(inbox.publisher.told) == 1  # type: ignore[attr-defined]
+
+
+async def test_a_second_run_that_is_not_understood_harms_no_other(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a stream that goes on, with something that nobody had thought of
+    inbox.waiting["id"] = stream = Waiter(replace(job(), body={"stream": True, "temperature": 0}, api="chat"))
+    inbox.waiting["other"] = other = Waiter(replace(job(), id="other"))
+    said = Frame("id", "a", 1, "chunk", b'{"choices": []}')
+    inbox._on_frames(delivery([*frames("a", "started"), said]))
+    monkeypatch.setattr(continuation.Continuation, "follow", lambda self, frame: {}["unheard of"])
+    # When it comes in one message with another's answer
+    again = replace(said, run="b")
+    answer = Frame("other", "c", 0, "result", b"whole")
+    inbox._on_frames(delivery([*frames("b", "started"), again, answer]))
+    # Then it ends with an error, and the other is answered
+    assert (await stream.next()).data == said.data
+    with pytest.raises(Unavailable, match="lost in the middle"):
+        await stream.next()
+    assert await read(other, 1) == [b"whole"]

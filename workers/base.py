@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from server.core import metrics, spans, topology, tracing
 from server.core.amqp import AmqpLink, Delivery
@@ -125,6 +126,7 @@ class Worker(ABC):
             return await self._serve(stopping)
         finally:
             self.probe.ready = False
+            self._outbox.flush()
             await self._consumer.close()
             await self.stop()
             self._outbox.flush()
@@ -282,7 +284,7 @@ class Worker(ABC):
             self._intake.ended(run, more=not self._died.is_set())
             metrics.jobs.labels(self.model, outcome).inc()
             if settle is not None:
-                settle(run.delivery)
+                self._outbox.after(partial(settle, run.delivery))
         return outcome
 
     async def _answer(self, run: Run) -> str:

@@ -47,6 +47,7 @@ class ReplyOutbox:
         self._busy = busy
         self._on_given_up = on_given_up
         self._waiting: dict[str, list[Frame]] = {}
+        self._after: list[Callable[[], None]] = []
         self._bytes = 0
         self._scheduled = False
         self._flushed_at = 0.0
@@ -65,6 +66,13 @@ class ReplyOutbox:
             else:
                 loop.call_soon(self.flush)  # after all tasks that this step of the engine has woken
 
+    def after(self, do: Callable[[], None]) -> None:
+        """Have it done once all that waits now was written to the connection; at once where nothing waits. A job is
+        settled so: if this process ends before its last frames have left, another worker is given it."""
+        self._after.append(do)
+        if not self._waiting:
+            self._do_after()
+
     def flush(self) -> None:
         if not self._waiting:
             return
@@ -75,11 +83,18 @@ class ReplyOutbox:
             for reply_to, frames in waiting.items():
                 for some in _messages(frames):
                     self._send(reply_to, some)
-        if self._waiting and not self._scheduled:
+        if not self._waiting:
+            self._do_after()
+        elif not self._scheduled:
             if self._bytes > HELD_MAX_BYTES:
                 self._give_up()
             self._scheduled = True
             asyncio.get_running_loop().call_later(RETRY_S, self.flush)
+
+    def _do_after(self) -> None:
+        after, self._after = self._after, []
+        for do in after:
+            asyncio.get_running_loop().call_soon(do)  # a connection writes what it is sent at the end of this turn
 
     def _send(self, reply_to: str, frames: list[Frame]) -> None:
         try:

@@ -12,7 +12,7 @@ from server.core.amqp import Delivery
 from server.core.errors import BrokerUnavailable
 from server.core.messages import Cancel, Frame, Job, Lane, Record, WorkerType, decode_frames, encode
 from server.core.settings import Settings
-from workers import base, intake
+from workers import base, intake, replies
 from workers.base import Answer, Worker
 from workers.replies import Reply
 from workers.runs import Run, Slots
@@ -101,6 +101,7 @@ async def settle() -> None:
 @pytest.fixture
 async def worker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Counting]:
     monkeypatch.setattr(base, "HEAR_S", 0)  # no server is there to be heard
+    monkeypatch.setattr(replies, "TICK_S", 0)  # jobs are settled once their frames have left
     """With two slots, both taken by the first key, of which eight more wait."""
     made = Counting(slots=2)
     for number in range(10):

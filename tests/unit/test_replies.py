@@ -67,6 +67,31 @@ async def test_a_flush_sends_nothing_twice(link: FakeLink) -> None:
     assert link.sent == [("replies.a", [frame("r1", "1")]), ("replies.a", [frame("r1", "2")])]
 
 
+async def test_what_comes_after_the_frames_waits_for_them(link: FakeLink) -> None:
+    outbox = outbox_of(link, busy=True)
+    sent_before: list[int] = []
+    # Given that nothing waits, then nothing is waited for
+    outbox.after(lambda: sent_before.append(len(link.sent)))
+    await asyncio.sleep(0)
+    assert sent_before == [0]
+    # Given a broker that takes nothing
+    link.blocked = True
+    outbox.add("replies.a", frame("r1", "1"))
+    outbox.after(lambda: sent_before.append(len(link.sent)))
+    outbox.flush()
+    await asyncio.sleep(0)
+    assert sent_before == [0]
+    # When it does again, it is done, and once
+    link.blocked = False
+    outbox.flush()
+    assert sent_before == [0]  # what was sent is written at the end of this turn
+    await asyncio.sleep(0)
+    outbox.add("replies.a", frame("r1", "2"))
+    outbox.flush()
+    await asyncio.sleep(0)
+    assert sent_before == [0, 1]
+
+
 async def test_alone_a_frame_leaves_at_once(link: FakeLink) -> None:
     # Given a worker with one stream
     outbox = outbox_of(link, busy=False)

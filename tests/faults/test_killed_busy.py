@@ -6,7 +6,7 @@ from collections import Counter
 from tests.faults.chats import ask, healthy, kept
 from tests.faults.rig import Rig, until
 
-KILLS = 20
+KILLS = 8
 CLIENTS = 24
 
 

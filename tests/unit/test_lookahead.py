@@ -171,6 +171,20 @@ async def test_what_has_expired_while_it_waited_is_never_begun(worker: Counting)
     assert worker.beacon.running == 2
 
 
+async def test_a_job_is_settled_once_its_answer_has_left(worker: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given frames that wait for the next tick
+    monkeypatch.setattr(replies, "TICK_S", 60)
+    worker._outbox.flush()
+    await worker.end("a0")
+    assert "a0" not in {frame.request_id for frame in worker.link.sent if frame.kind == "result"}
+    assert worker.link.settled == []
+    # When they leave, then the broker may forget the job
+    worker._outbox.flush()
+    await settle()
+    assert "a0" in {frame.request_id for frame in worker.link.sent if frame.kind == "result"}
+    assert worker.link.settled == [("ack", "a0")]
+
+
 async def test_what_waits_goes_with_the_connection(worker: Counting) -> None:
     # Given a connection that is lost: the broker delivers again, here or elsewhere
     worker._intake.lost()

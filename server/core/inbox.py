@@ -56,6 +56,8 @@ class Waiter:
         self.prompt_tokens = prompt_tokens.estimate(job.body, job.context)
         self.unread_bytes = 0
         self._run = ""
+        self._runs: set[str] = set()
+        """All that were followed so far."""
         self._seq = 0
         self._told = False
         self._handed: list[Frame] | None = [] if may_continue(job) else None
@@ -96,21 +98,15 @@ class Waiter:
             return again.follow(frame)
         except Differs:
             logger.warning("the second run differs", extra={"action": "continue", "request_id": self.job.id})
-        except Exception:
-            # Its message carries frames of others, who must get them.
-            logger.exception(
-                "the second run is not understood", extra={"action": "continue", "request_id": self.job.id}
-            )
-        self._add(_cut_short())
-        return None
+            self._add(_cut_short())
+            return None
 
     def _begin(self, frame: Frame) -> bool:
         """Follow the run of this frame from now on, if that is a new one."""
-        if self._run == GIVEN_UP:
-            return False
-        if self._run and frame.kind != "started":
-            return False  # of a run that was given up
-        if self._told:
+        if self._run == GIVEN_UP or frame.run in self._runs:
+            return False  # of one that was given up
+        self._runs.add(frame.run)
+        if self._told and frame.kind != "error":
             if self._handed is None:
                 self._add(_cut_short())
                 return False
@@ -297,7 +293,12 @@ class Inbox:
                 if waiter.unread_bytes > self._max_unread_bytes:
                     self._give_up(waiter)
                 begun = waiter.started
-                waiter.put(frame)
+                try:
+                    waiter.put(frame)
+                except Exception:
+                    # The message carries frames of others, who must get them.
+                    logger.exception("frame not understood", extra={"action": "answer", "request_id": frame.request_id})
+                    waiter.put(_cut_short())
                 if waiter.started and not begun:
                     self.on_begun(frame.request_id)
 

@@ -7,7 +7,14 @@ import pytest
 
 from server.core import continuation
 from server.core.amqp import Delivery
-from server.core.errors import BrokerUnavailable, ClientTooSlow, DeadlineExceeded, EngineFailed, Unavailable
+from server.core.errors import (
+    BrokerUnavailable,
+    ClientTooSlow,
+    DeadlineExceeded,
+    EngineFailed,
+    ServiceError,
+    Unavailable,
+)
 from server.core.inbox import Inbox, Waiter
 from server.core.messages import Cancel, ErrorFrame, Frame, FrameKind, Job, decode, encode, encode_frames
 
@@ -80,6 +87,28 @@ async def test_a_second_run_never_repeats_what_was_said() -> None:
     assert await read(waiter, 1) == [b"a1"]
     with pytest.raises(Unavailable, match="lost in the middle"):
         await waiter.next()
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_a_second_run_that_ends_before_it_begins_is_heard(told: bool) -> None:
+    # Given a request whose worker was lost, before its first word or after
+    waiter = Waiter(job())
+    for frame in frames("a", "started", "chunk")[: 1 + told]:
+        waiter.put(frame)
+    # When the next worker says no more than that it is over, as it was cancelled meanwhile
+    waiter.put(replace(frames("b", "error")[0], data=encode(ErrorFrame(499, "cancelled"))))
+    # Then whoever waits is told
+    await read(waiter, int(told))
+    with pytest.raises(ServiceError, match="cancelled"):
+        await waiter.next()
+
+
+async def test_a_second_run_whose_start_was_lost_answers() -> None:
+    waiter = Waiter(job())
+    waiter.put(frames("a", "started")[0])
+    for frame in frames("b", "chunk", "done", first=1):
+        waiter.put(frame)
+    assert await read(waiter, 2) == [b"b1", b"b2"]
 
 
 async def test_an_error_frame_is_raised_as_the_error_it_is() -> None:

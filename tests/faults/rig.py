@@ -134,7 +134,9 @@ class Rig:
 
     def client(self, url: str, key: str | None = None) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {key or self.key}"}
-        return httpx.AsyncClient(base_url=url, headers=headers, timeout=60, trust_env=False)
+        # Past its bound of kept connections httpx may close one that it has just given to a request.
+        limits = httpx.Limits(max_connections=100, max_keepalive_connections=100)
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=60, limits=limits, trust_env=False)
 
     async def new_key(self, name: str) -> str:
         async with self.store() as store:

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 2.0
 """How much longer than a job's deadline its waiter waits, so that the worker's own word on it arrives."""
 
-
 CANCELLED_MAX = 10_000
+"""How many cancels are remembered, for a worker that did not hear of one."""
 
 GIVEN_UP = "given up"
 """In place of a run's name: of this one nothing comes."""

@@ -41,13 +41,13 @@ def test_both_sdks_wait_and_ask_again_after_a_429(stack: Stack, slow_server: str
     def note(response: httpx.Response) -> None:
         retried.append(response.status_code)
 
-    asked: Any = {"model": MODEL, "messages": [user(FRANCE)], "max_tokens": 50, "temperature": 0}
+    asked: Any = {"model": MODEL, "messages": [user(FRANCE)], "max_tokens": 50, "extra_body": {"temperature": 0}}
     hooks: Any = {"response": [note]}
     other = anthropic.Anthropic(base_url=slow_server, api_key=keys[1])
     with httpx.Client(event_hooks=hooks) as http, ThreadPoolExecutor() as pool:
         client = openai.OpenAI(base_url=f"{slow_server}/v1", api_key=keys[0], http_client=http)
         waiting = pool.submit(other.messages.create, **asked)
-        completion = client.chat.completions.create(extra_body=QUICK, **asked)
+        completion = client.chat.completions.create(**asked | {"extra_body": {"temperature": 0, **QUICK}})
         message = waiting.result()
     # Then they wait as long as they are told, and are answered
     assert completion.choices[0].message.content == PARIS

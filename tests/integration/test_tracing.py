@@ -22,7 +22,8 @@ VECTOR_JOBS = topology.jobs_queue(VECTORS, "batch")
 HISTORY = topology.HISTORY
 ROUTE = "/v1/chat/completions"
 SAID = "the secret recipe of the house"
-ANSWERED = "abc"  # the echoing worker's word
+WORD = "abc"
+ANSWERED = WORD * 3  # by the echoing worker, and longer than what ids have in common with it by chance
 BEGINNING = (f"POST {ROUTE}", f"publish {JOBS}", f"process {JOBS}", f"chat {MODEL}")
 KEPT = (f"publish {HISTORY}", f"process {HISTORY}", "INSERT chats")
 
@@ -100,7 +101,7 @@ async def test_a_chat_is_one_trace_from_http_to_its_vector(
     # When it has a chat streamed
     body = chat(stream=True, temperature=0.5, seed=7, stop=["recipe"], user="nobody-knows-this-user")
     answer = await client.post(ROUTE, json=body, headers=header | {"X-Session-Id": "a-session"})
-    assert ANSWERED * 3 in "".join(re.findall(r'"content":"(\w*)"', answer.text))
+    assert ANSWERED in "".join(re.findall(r'"content":"(\w*)"', answer.text))
     request_id = answer.headers["x-request-id"]
     # Then every step of it is in that trace, each under the step that it came from
     vector = ("make vector", f"publish {VECTOR_JOBS}", f"process {VECTOR_JOBS}", f"embeddings {VECTORS}")
@@ -257,7 +258,7 @@ async def test_a_job_whose_worker_was_lost_goes_on_in_its_trace(
     async with client.stream("POST", ROUTE, json=chat(stream=True, temperature=0), headers=header) as answer:
         lines = answer.aiter_lines()
         async for line in lines:
-            if ANSWERED in line:
+            if WORD in line:
                 break
         first.process.kill()
         second = await traced.echo("second", *slow, **receiver.environment)

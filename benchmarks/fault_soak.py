@@ -176,7 +176,7 @@ def explain(clients: Clients, faults: list[Inflicted], kept: dict[str, Row], usa
         "doubled": usage["requests"] - len(kept) + len(_answered_twice(asked, faults)),
         "tokens_billed_beyond_records": usage["completion_tokens"] - sum(r["completion_tokens"] for r in kept.values()),
         "unbilled": [
-            f"{one.request_id}: {one.kind}, {one.outcome}, {', '.join(f.name for f in faults if f.met(one)) or 'no fault'}"
+            f"{one.request_id}: {one.kind}, {one.outcome}, met {[fault.name for fault in faults if fault.met(one)]}"
             for one in asked
             if one.outcome in ("left", "stopped") and one.text and one.request_id not in kept
         ],

@@ -126,7 +126,7 @@ class Worker(ABC):
             return await self._serve(stopping)
         finally:
             self.probe.ready = False
-            self._outbox.flush()
+            self._outbox.flush()  # so that what is done is settled while it can be
             await self._consumer.close()
             await self.stop()
             self._outbox.flush()

@@ -85,7 +85,7 @@ class ReplyOutbox:
                     self._send(reply_to, some)
         if not self._waiting:
             self._do_after()
-        elif not self._scheduled:
+        else:
             if self._bytes > HELD_MAX_BYTES:
                 self._give_up()
             self._scheduled = True

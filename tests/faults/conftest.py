@@ -23,7 +23,6 @@ MOST_RIGS = 100
 MOST_FRAGILE = 10
 """Few, as a broker that comes back looks after every virtual host."""
 
-
 LOGGED = 20
 """Lines of a process's log that are told of a test that failed."""
 

@@ -100,9 +100,9 @@ async def settle() -> None:
 
 @pytest.fixture
 async def worker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Counting]:
+    """With two slots, both taken by the first key, of which eight more wait."""
     monkeypatch.setattr(base, "HEAR_S", 0)  # no server is there to be heard
     monkeypatch.setattr(replies, "TICK_S", 0)  # jobs are settled once their frames have left
-    """With two slots, both taken by the first key, of which eight more wait."""
     made = Counting(slots=2)
     for number in range(10):
         made.take(f"a{number}", 1)

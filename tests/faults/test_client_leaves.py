@@ -84,10 +84,13 @@ async def test_a_client_leaves_while_it_is_queued(parts: Rig) -> None:
             for stream in (True, False)
         ]
         await until(lambda: _queued(running, len(waiting)))
-        # When all their clients leave, and another comes
-        for task in (*waiting, holding):
+        # When all their clients leave, then that of the answer in the making, and another comes
+        for task in waiting:
             task.cancel()
-        await asyncio.gather(*waiting, holding, return_exceptions=True)
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await until(lambda: _queued(running, 0))
+        holding.cancel()
+        await asyncio.gather(holding, return_exceptions=True)
         answer = await running.client.post(CHAT, json=say("next", max_tokens=3))
         # Then those that waited are never begun, nor billed
         assert answer.json()["choices"][0]["message"]["content"] == numbers(3)

@@ -30,6 +30,11 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 16
 """Requests sent ahead of the answer to the one before. No client of today does so, and each is kept until its turn."""
 
+IDLE_S = 75
+"""How long a connection is kept on which nothing is asked. Clients and proxies should be the first to close theirs
+(httpx, and with it both SDKs, after 5 s; nginx and most balancers after 60): what comes while a server closes is lost.
+"""
+
 HARDENING = (
     # What is told here is a key's own business: no cache keeps it, no page of another site embeds or frames it.
     (b"cache-control", b"no-store"),
@@ -263,6 +268,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=math.ceil(drain_timeout_s),
         )
         super().__init__(config)

@@ -203,7 +203,7 @@ def test_line_breaks_do_not_keep_a_connection_open(guarded: Guarded) -> None:
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_answer(connection, "GET")
         began = time.monotonic()
-        while time.monotonic() - began < PATIENCE_S + 5:  # its keep-alive as well
+        while time.monotonic() - began < PATIENCE_S + 5:
             try:
                 connection.sendall(b"\r\n")
                 if not connection.recv(1):

@@ -1,4 +1,6 @@
-"""The HTTP server's bounds on a client that takes nothing of its answer; tests/faults has those on what it sends."""
+"""The HTTP server's bounds on a client that takes nothing of its answer, and its patience with one that asks nothing;
+tests/faults has its bounds on what a client sends.
+"""
 
 import asyncio
 import socket
@@ -66,6 +68,16 @@ async def gone(server: HttpServer) -> None:
     async with asyncio.timeout(20 * STALLED_S):
         while server.server_state.connections:
             await asyncio.sleep(0.02)
+
+
+async def test_an_idle_connection_is_kept_longer_than_httpx_keeps_it(server: HttpServer) -> None:
+    # Given a client that closes the connection itself, unless it asks again before
+    with ask(server, "/nowhere") as connection:
+        await asyncio.sleep(5.5)
+        # Then it is answered when it does so at the last moment
+        connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        await gone(server)
+        assert connection.recv(4096).count(b"404 Not Found") == 2
 
 
 @pytest.mark.parametrize("path", ["/whole", "/piecewise"])

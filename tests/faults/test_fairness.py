@@ -74,10 +74,11 @@ async def test_another_keys_request_starts_within_two_slots(parts: Rig) -> None:
                 async with parts.client(url, other_key) as client:
                     assert await begun_before(running, client, f"mine {number}") <= 2
             assert await all_wait([running.client, running.other], 100)  # the flood went on meanwhile
-        # And when its clients have left, nothing of it is begun any more, once all have been told
+        # And when its clients have left, nothing of it is begun any more, once all have been told: until then the slot
+        # of one that was stopped goes to another whose client has left too, which is not known yet
         await until(lambda: idle(running))
         begun = len(running.begun())
-        assert begun < FLOOD // 2
+        assert begun < FLOOD
         for client in (running.client, running.other):
             assert (await client.post(CHAT, json=say("after", max_tokens=5))).status_code == 200
         assert running.begun()[begun:] == ["after", "after"]

@@ -144,6 +144,7 @@ def stop_streams(stack: Stack, client: httpx.Client, how: str) -> tuple[list[str
             return [], []
         with client_again(client) as other:
             states = [other.delete(f"/v1/requests/{id_}").json()["status"] for id_, _ in streams]
+        stops(stack)
         return states, ["".join(lines) for _, lines in streams]
 
 

@@ -139,6 +139,8 @@ class Intake:
         elif not run.dropped and source is run.source and delivery.attempt <= run.delivery.attempt + 1:
             run.delivery = delivery  # delivered again after a reconnection, while it still runs
             run.ours.set()
+            if run.handling and run.reply is not None:
+                run.reply.say_again_that_it_began()  # who left meanwhile could not have it stopped
         else:
             # Another worker has had it meanwhile, and whoever waits follows that one's answer: begin anew.
             assert run.task is not None  # what only waits is dropped with its connection

@@ -148,6 +148,7 @@ class Reply:
         self._request_id = request_id
         self._run = uuid.uuid4().hex[:8]
         self._seq = itertools.count()
+        self._first: Frame | None = None
         self._last: Frame | None = None
         self._taken_at = time.monotonic()
 
@@ -166,12 +167,18 @@ class Reply:
         if seq == 1 and kind == "chunk":  # after the word that the job was taken
             spans.first_token(elapsed_s)
         self._last = Frame(self._request_id, self._run, seq, kind, data, elapsed_s)
+        self._first = self._first or self._last
         self._outbox.add(self._reply_to, self._last)
 
     @property
     def told(self) -> bool:
         """Whether something of the answer was."""
         return self._last is not None and self._last.kind != "started"
+
+    def say_again_that_it_began(self) -> None:
+        """Whoever waits leaves that; where nobody does any more, the server answers it with a cancel."""
+        if self._first is not None and self._first.kind == "started":
+            self._outbox.add(self._reply_to, self._first)
 
     def repeat(self) -> None:
         """The last frame again. Whoever has it leaves it; who lacks it, or one before it, learns how the run ended."""

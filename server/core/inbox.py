@@ -77,6 +77,8 @@ class Waiter:
         if isinstance(item, Frame):
             if item.run != self._run and not self._begin(item):
                 return
+            if item.kind == "started" and self._seq:
+                return  # said again, by a worker that may not have heard that nobody waits any more
             if item.seq != self._seq:
                 self._add(_cut_short())
                 return
@@ -282,7 +284,7 @@ class Inbox:
         try:
             frames = decode_frames(delivery.body)
         except msgspec.DecodeError:
-            logger.exception("not frames", extra={"action": "decode"})
+            logger.warning("not frames", extra={"action": "decode"})
             return
         for frame in frames:
             waiter = self.waiting.get(frame.request_id)

@@ -23,12 +23,13 @@ class Stream:
         self.events: list[Any] = []
         self.done = False
         self.status = 0
+        self.request_id = ""
         self.ended_at = 0.0
         self._task = asyncio.create_task(self._read(client, path, body(**fields, stream=True)))
 
     async def _read(self, client: httpx.AsyncClient, path: str, asked: dict[str, Any]) -> None:
         async with client.stream("POST", path, json=asked) as response:
-            self.status = response.status_code
+            self.status, self.request_id = response.status_code, response.headers["x-request-id"]
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     self.done = True

@@ -245,3 +245,18 @@ async def test_a_second_run_that_is_not_understood_harms_no_other(
     with pytest.raises(Unavailable, match="lost in the middle"):
         await stream.next()
     assert await read(other, 1) == [b"whole"]
+
+
+async def test_who_waits_leaves_a_beginning_that_is_said_again_and_who_left_has_it_stopped(inbox: Inbox) -> None:
+    # Given a stream whose worker may have missed something, and says once more that it has begun
+    inbox.waiting["id"] = waiter = Waiter(job())
+    started, one, two = frames("a", "started", "chunk", "chunk")
+    inbox._on_frames(delivery([started, one, started, two, started]))
+    # Then nothing is missing and nothing there twice
+    assert await read(waiter, 2) == [b"a1", b"a2"]
+    assert inbox.publisher.told == []  # type: ignore[attr-defined]
+    # But one that nobody waits for any more is stopped, and what was made of it recorded
+    inbox.release("id")
+    inbox.cancel("id")
+    inbox._on_frames(delivery([started]))
+    assert inbox.publisher.told == [Cancel("id"), Cancel("id")]  # type: ignore[attr-defined]

@@ -215,6 +215,24 @@ async def test_what_another_worker_was_given_is_dropped(worker: Counting, monkey
     assert worker.beacon.running == 0
 
 
+async def test_what_is_delivered_again_while_it_runs_is_told_again(worker: Counting) -> None:
+    # Given a connection that is lost with two jobs in hand: what was cancelled meanwhile nobody has heard
+    worker._outbox.flush()
+    before = list(worker.link.sent)
+    worker._intake.lost()
+    # When one comes back
+    worker.take("a0", 1, again=1)
+    worker._outbox.flush()
+    # Then its beginning is told again, as it was told before, so that the server can say that nobody waits
+    assert worker.link.sent[len(before) :] == [frame for frame in before if frame.request_id == "a0"]
+    # But not of one that is done, which is over anyway
+    await worker.end("a1")
+    worker.take("a1", 1, again=1)
+    await settle()
+    worker._outbox.flush()
+    assert [frame.kind for frame in worker.link.sent if frame.request_id == "a1"] == ["started", "result"]
+
+
 async def test_what_another_worker_had_meanwhile_is_begun_anew(worker: Counting) -> None:
     # Given a connection that is lost, and a job that was delivered to somebody else before it comes back
     worker._intake.lost()

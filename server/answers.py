@@ -90,7 +90,12 @@ class Kept:
     def leave(self) -> None:
         self._readers -= 1
         if not self._readers and not self.log.over and self.task is not None:
-            self._giving_up = asyncio.get_running_loop().call_later(self._grace_s, self.task.cancel)
+            self._giving_up = asyncio.get_running_loop().call_later(self._grace_s, self._give_up)
+
+    def _give_up(self) -> None:
+        """Nobody came back in time. What has ended meanwhile is kept all the same, or let go of."""
+        if not self.log.over and self.task is not None:
+            self.task.cancel()
 
 
 @dataclass(frozen=True, slots=True)

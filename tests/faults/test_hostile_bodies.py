@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.faults.dialects import STREAMING, body_of
-from tests.faults.guarded import Guarded
+from tests.faults.guarded import SILENT, Guarded
 from tests.faults.raw import ask
 from tests.faults.test_hostile_http import in_shape, post
 
@@ -47,6 +47,19 @@ def test_headers_that_name_something_are_held_to_their_form(guarded: Guarded, he
         in_shape(answer, path)
         assert answer is not None
         assert (answer.status, name in answer.body) == (400, True), (path, answer)
+
+
+@pytest.mark.parametrize("path", STREAMING)
+def test_what_nests_deep_where_nobody_looks_fares_alike_with_a_key_of_its_own(guarded: Guarded, path: str) -> None:
+    for depth in (200, 300, 1000):
+        # Given a body with something that is ignored, as deep as JSON is read
+        body = json.dumps(body_of(path, "hi", 1) | {"model": SILENT, "ignored": "DEEP"}).encode()
+        body = body.replace(b'"DEEP"', b"[" * depth + b"]" * depth)
+        # When it is sent, to be kept and not
+        named = b"Idempotency-Key: %b %d" % (path.encode(), depth)
+        answers = [ask(guarded.port, post(path, guarded.key, *header, body=body)) for header in ([], [named])]
+        # Then both are told that nobody serves that model
+        assert [answer and answer.status for answer in answers] == [529 if path == "/v1/messages" else 503] * 2
 
 
 LISTS = {

@@ -73,6 +73,26 @@ async def test_only_the_last_reader_to_leave_begins_the_time_of_grace() -> None:
     assert kept.task.cancelled()
 
 
+async def test_what_has_ended_is_settled_however_long_that_takes() -> None:
+    # Given an answer that nobody reads any more, which ends within the time of grace
+    kept = Kept("r", 1, grace_s=0.05)
+    kept.task = asyncio.create_task(asyncio.sleep(10))
+    kept.join()
+    kept.leave()
+    kept.log.end()
+    # When that time is over, and it has still to be kept or let go of
+    await asyncio.sleep(0.1)
+    # Then nobody keeps it from that
+    assert not kept.task.done()
+    kept.task.cancel()
+
+
+def test_what_nests_deeper_than_can_be_sorted_is_the_same_as_it_was_sent() -> None:
+    request, deep = request_of(), b'{"user": ' + b"[" * 500 + b"]" * 500 + b"}"
+    assert _fingerprint(request, deep) == _fingerprint(request, deep)
+    assert _fingerprint(request, deep) != _fingerprint(request, deep + b" ")
+
+
 def test_requests_are_the_same_in_whatever_order_they_say_it() -> None:
     request = request_of()
     first = _fingerprint(request, orjson.dumps({"a": 1, "b": {"c": 2, "d": 3}}))

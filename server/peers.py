@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from server.core import topology
-from server.core.amqp import AmqpLink, Delivery
+from server.core.amqp import BLOCKED, AmqpLink, Delivery
 from server.core.errors import BrokerUnavailable
 from server.core.inbox import Inbox, Waiter
 from server.core.messages import Ask, Frame, FrameKind, Job, RequestState, decode, encode, encode_frames
@@ -77,12 +77,20 @@ class Peers:
 
     async def ask(self, what: Literal["state", "cancel"], request_id: str, key_id: int) -> RequestState | None:
         """What the process says that has the request; None if none does. Raises BrokerUnavailable."""
+        if (mine := self._find[what](request_id, key_id)) is not None:
+            return mine
+        self._raise_if_blocked()  # what is asked now would be heard much later
         with self.asking(Ask(uuid.uuid4().hex, request_id, key_id, self.inbox.queue, what)) as waiter:
             try:
                 frame = await asyncio.wait_for(waiter.next(), ANSWER_S)
             except TimeoutError:
+                self._raise_if_blocked()  # the broker says so when it is sent something
                 return None
             return decode(RequestState, frame.data)
+
+    def _raise_if_blocked(self) -> None:
+        if self.inbox.publisher.blocked:
+            raise BrokerUnavailable(BLOCKED)
 
     @contextmanager
     def asking(self, ask: Ask, timeout_s: float = 60.0) -> Iterator[Waiter]:

@@ -18,7 +18,9 @@ from server.core.messages import Api, ErrorFrame, Frame, Job, RequestState, Requ
 from server.core.registry import ModelSpec, Registry
 from server.core.settings import Settings
 from server.fleet import Fleet
+from server.limits import MAX_EMBEDDING_INPUTS
 from server.peers import Peers
+from server.schemas.embeddings import MAX_TEXTS
 
 ENDED_S = 600.0
 """How long it is remembered how a request ended that nothing else remembers."""
@@ -27,6 +29,8 @@ MAX_ENDED = 10_000
 
 HEARD_S = 2.0
 """In which a broker takes a message that serves well; an answer to a probe cannot wait for longer."""
+MAX_PARTS = -(-MAX_EMBEDDING_INPUTS // MAX_TEXTS)
+"""Jobs of one request, at the most."""
 LOOK_EVERY_S = 1.0
 """How often workers are looked at: as often as they tell of themselves."""
 
@@ -244,12 +248,14 @@ class Dispatcher:
 
     def state(self, request_id: str, key_id: int) -> RequestState | None:
         """Where a request of this key stands; None if this process never had it, or has forgotten it."""
-        for id_ in ids_of(request_id):
-            waiter = self.inbox.waiting.get(id_)
-            state = self._state(waiter) if waiter is not None else self._ended.get(id_)
-            if state is not None and state.key_id == key_id:
-                return replace(state, request_id=request_id)
-        return None
+        ids, waiting = ids_of(request_id), self.inbox.waiting
+        going_on = [self._state(waiting[id_]) for id_ in ids if id_ in waiting]
+        ended = [self._ended[id_] for id_ in ids if id_ in self._ended]
+        # Of several jobs at once, the one that failed says how the request ended: the others were cancelled for it.
+        worst = ("failed", "cancelled", "completed")
+        ended.sort(key=lambda state: (state.request_id != again(request_id), worst.index(state.status)))
+        found = next((state for state in going_on + ended if state.key_id == key_id), None)
+        return None if found is None else replace(found, request_id=request_id)
 
     def cancel(self, request_id: str, key_id: int) -> RequestState | None:
         """Stop a request of this key, if this process has it. One that runs ends when its worker has said so."""
@@ -285,10 +291,16 @@ def _waits(waiter: Waiter, heard: set[str] | None) -> bool:
     return not waiter.started or (heard is not None and waiter.worker != "" and waiter.worker not in heard)
 
 
-def ids_of(request_id: str) -> tuple[str, str]:
-    """The ids of a request's jobs, the later first: one that is asked again without past chats has a second."""
-    return (again(request_id), request_id)
+def ids_of(request_id: str) -> list[str]:
+    """The ids that a request's jobs may have."""
+    return [again(request_id), *(part(request_id, number) for number in range(MAX_PARTS))]
 
 
 def again(request_id: str) -> str:
+    """Of the second job of a request that is asked again without past chats."""
     return f"{request_id}-again"
+
+
+def part(request_id: str, number: int) -> str:
+    """Of one of a request's jobs at once. The first bears the request's own id: usage counts that one as a request."""
+    return f"{request_id}.{number}" if number else request_id

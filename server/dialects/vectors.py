@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from server.core.messages import EmbeddingResult, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec
-from server.dispatch import Call
+from server.dispatch import Call, part
 from server.errors import PREFIX
 from server.limits import traceparent
 from server.schemas.embeddings import MAX_TEXTS
@@ -33,8 +33,7 @@ async def embed(
     """
     calls = [
         Call(
-            # The first job bears the request's own id: usage counts that one as a request.
-            request_id=request.state.request_id + (f".{start // MAX_TEXTS}" if start else ""),
+            request_id=part(request.state.request_id, start // MAX_TEXTS),
             spec=spec,
             endpoint=request.scope["route"].path.removeprefix(PREFIX),
             api="embeddings",
@@ -42,6 +41,7 @@ async def embed(
                 "input": texts[start : start + MAX_TEXTS],
                 "first": start,
                 "input_type": input_type,
+                "space": spec.vector_space,
                 "truncate": truncate,
             },
             key_id=request.state.principal.key_id,

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
 
-from server.core.errors import DatabaseUnavailable, NotFound
+from server.core.errors import BrokerUnavailable, DatabaseUnavailable, NotFound
 from server.core.messages import RequestState
 from server.db.store import Row, Store
 from server.dispatch import Dispatcher, ids_of
@@ -18,6 +18,7 @@ from server.kept import Keeper
 from server.keyed import KeyedRoute
 from server.routes import KEYED_OPENAI, RESUMED, streaming
 from server.schemas.chat import Usage
+from server.schemas.embeddings import MAX_TEXTS
 from server.schemas.requests import RequestError, RequestInfo
 
 router = APIRouter(tags=["requests"], route_class=KeyedRoute, responses=KEYED_OPENAI)
@@ -34,14 +35,21 @@ async def find_request(request: Request, request_id: str) -> RequestInfo:
     """Where a request stands; of a finished chat the answer, too."""
     key_id = _key_of(request, request_id)
     try:
-        if row := await _recorded(request, request_id):
-            return _finished(row, request_id)
+        row = await _recorded(request, request_id)
     except DatabaseUnavailable:
         # What is finished nobody knows now; what is not, its process does.
         if state := await _dispatcher(request).peers.ask("state", request_id, key_id):
             return _known(state)
         raise
-    if state := await _dispatcher(request).peers.ask("state", request_id, key_id):
+    if row and not _may_go_on(row, request_id):
+        return _finished(row, request_id)
+    try:
+        state = await _dispatcher(request).peers.ask("state", request_id, key_id)
+    except BrokerUnavailable:
+        if row:
+            return _finished(row, request_id)
+        raise
+    if state and not (row and state.status == "completed"):
         return _known(state)
     if row := await _recorded(request, request_id):  # it was recorded while the processes were asked
         return _finished(row, request_id)
@@ -99,6 +107,13 @@ def _unknown(request_id: str) -> NotFound:
 async def _recorded(request: Request, request_id: str) -> Row | None:
     store: Store = request.app.state.store
     return await store.find_request(request.state.principal.key_id, ids_of(request_id))
+
+
+def _may_go_on(row: Row, request_id: str) -> bool:
+    """Whether it may be of some of several jobs: the first of these has as many texts as fit, and may end after others
+    have."""
+    texts: int = row["texts"]
+    return texts >= MAX_TEXTS or (texts > 0 and row["request_id"] != request_id)
 
 
 def _finished(row: Row, request_id: str) -> RequestInfo:

@@ -10,7 +10,7 @@ from server.core.errors import BrokerUnavailable, Cancelled, EngineFailed, NoWor
 from server.core.inbox import Waiter
 from server.core.messages import ErrorFrame, Frame, Job
 from server.core.settings import BadSettings, Settings
-from server.dispatch import Call, Dispatcher, Ticket, again
+from server.dispatch import Call, Dispatcher, Ticket, again, part
 from tests.unit.fake_requests import REGISTRY, SEER, TALKER
 
 KEY = 1
@@ -115,6 +115,35 @@ async def test_a_job_that_was_asked_again_is_the_same_request(dispatcher: Dispat
     state = dispatcher.state("r", KEY)
     assert state is not None
     assert (state.request_id, state.status) == ("r", "queued")
+
+
+async def test_several_jobs_at_once_are_one_request(dispatcher: Dispatcher) -> None:
+    # Given a request of three jobs, of which one is done
+    tickets = [submit(dispatcher, part("r", number)) for number in range(3)]
+    put(dispatcher, "r", "result", b"{}")
+    await tickets[0].next()
+    put(dispatcher, "r.1", "started")
+    # Then it is not over
+    state = dispatcher.state("r", KEY)
+    assert state is not None
+    assert (state.request_id, state.status) == ("r", "running")
+    # When it is stopped; then the others are
+    cancelled = dispatcher.cancel("r", KEY)
+    assert cancelled is not None
+    assert cancelled.status == "cancelled"
+    with pytest.raises(Cancelled):
+        await tickets[2].next()
+    tickets[1].close()  # as whoever puts them together does
+    assert status(dispatcher, "r") == "cancelled"
+
+
+async def test_of_several_jobs_the_one_that_failed_says_how_the_request_ended(dispatcher: Dispatcher) -> None:
+    first, last = submit(dispatcher, "r"), submit(dispatcher, part("r", 1))
+    put(dispatcher, "r.1", "error", b'{"status": 500, "message": "broken"}')
+    with pytest.raises(EngineFailed):
+        await last.next()
+    first.close()
+    assert status(dispatcher, "r") == "failed"
 
 
 async def test_the_oldest_ends_are_forgotten_first(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """The embedding worker: jobs to texts, texts through a batcher to the model, vectors back."""
 
 import asyncio
+import math
+import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.core import metrics
-from server.core.errors import InvalidRequest
+from server.core.errors import InvalidRequest, Unavailable
 from server.core.messages import EmbeddingResult, Job, Record, WorkerType, encode_embeddings
 from server.core.registry import ModelSpec
 from server.core.settings import BadSettings, Settings
@@ -22,6 +25,9 @@ PREFETCH = 128
 """Jobs in hand: more than the batches that run hold, so that the next ones are tokenised meanwhile."""
 MAX_DIMENSIONS = 4000
 """Of pgvector's halfvec stored in line: a row must fit a page of 8 KiB."""
+
+LONGEST_S = 300.0
+"""More than a batch takes on the slowest machine: nobody waits for longer than half of it."""
 
 
 class EmbeddingWorker(Worker):
@@ -36,6 +42,9 @@ class EmbeddingWorker(Worker):
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
         self._machine = ThreadPoolExecutor(1, "machine")
         self._batching: asyncio.Task[None] | None = None
+        self._broken = False
+        self._begun: dict[int, float] = {}
+        """When each batch that is encoded now was begun, by thread."""
 
     async def start(self) -> int:
         loop = asyncio.get_running_loop()
@@ -48,21 +57,44 @@ class EmbeddingWorker(Worker):
             raise BadSettings(
                 f"model {self.model!r} has {len(vector)} dimensions; set `dimensions` to {MAX_DIMENSIONS} or fewer."
             )
-        self._batcher = Batcher(self._embedder.encode, self._embedder.budget, self._machine)
+        self._batcher = Batcher(self._encode, self._embedder.budget, self._machine)
         self._batching = asyncio.create_task(self._batcher.run())
         return PREFETCH
 
     def _try_out(self) -> NDArray[np.float32]:
         return self._embedder.encode(self._embedder.tokenise(["ready"], "document", truncate=True))
 
+    def _encode(self, texts: list[Text], alone: bool) -> NDArray[np.float32]:
+        """Called in a thread. Raises what the model raises; `alive` no more if it does so whatever it is given."""
+        thread = threading.get_ident()
+        self._begun[thread] = time.monotonic()
+        try:
+            return self._embedder.encode(texts, alone)
+        except Exception:
+            try:
+                self._try_out()
+            except Exception:
+                self._broken = True
+            raise
+        finally:
+            del self._begun[thread]
+
     def alive(self) -> bool:
-        return self._batching is not None and not self._batching.done()
+        return self._batching is not None and not self._batching.done() and not self._broken
+
+    def hung_s(self) -> float:
+        return max(0.0, time.monotonic() - min(self._begun.copy().values(), default=math.inf) - LONGEST_S)
+
+    def kill(self) -> None:
+        os._exit(1)  # a thread that hangs in the model keeps the process from ending otherwise
 
     async def stop(self) -> None:
         if self._batching is not None:
             self._batching.cancel()
 
     async def handle(self, job: Job, _reply: Reply) -> Answer:
+        if job.body.get("space", self._spec.vector_space) != self._spec.vector_space:
+            raise Unavailable(f"Another version of {self.model} is about to be served. Try again shortly.")
         texts = await self._tokenise(job)
         prompt_tokens = sum(text.length for text in texts)
         vectors = await self._batcher.submit(texts, job.lane)

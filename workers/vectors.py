@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from server.core import metrics, spans
 from server.core.conversation import Message, answer, last_question
-from server.core.errors import EngineFailed, InvalidRequest, RecordRefused, ServiceError
+from server.core.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    PayloadTooLarge,
+    RecordRefused,
+    ServiceError,
+)
 from server.core.inbox import Inbox
 from server.core.messages import Job, Record, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec
@@ -21,7 +28,8 @@ from server.db.vector_index import VectorIndexes
 logger = logging.getLogger(__name__)
 
 BATCH = 32
-"""Chats in one job. One job at a time, in the lane that the embedding worker serves when nobody waits."""
+"""Chats in one job, fewer where so many were not done in time. One job at a time, in the lane that the embedding worker
+serves when nobody waits."""
 RETRY_S = 2.0
 LOOK_S = 10.0
 """How often chats without a vector are looked for where none has come."""
@@ -46,6 +54,7 @@ class Vectors:
         self._indexes = indexes
         self._inbox = inbox
         self._traces: dict[str, str] = {}
+        self._batch = BATCH
         self.come = asyncio.Event()
         self._written = asyncio.Event()
         self._written.set()  # what came before this process did
@@ -65,7 +74,7 @@ class Vectors:
                     await self._store.requeue_vectors(self._model.vector_space)
                     met = True
                 self.come.clear()  # before looking: what comes after is then not missed
-                while chats := await self._store.pending_chats(BATCH):
+                while chats := await self._store.pending_chats(self._batch):
                     await self._embed(chats)
                     self._written.set()
             except ServiceError as exc:
@@ -93,19 +102,25 @@ class Vectors:
             await asyncio.sleep(OUTGROWN_S)
 
     async def _embed(self, chats: list[Row]) -> None:
-        """Embed a batch; one that the model or Postgres will never take goes without. Raises Unavailable
-        and what else may pass."""
+        """Embed a batch; one that the model or Postgres will never take goes without. Raises Unavailable, and
+        DeadlineExceeded, after which a batch is half as large: there may be no worker, or one too slow for so many."""
         ids: list[str] = [chat["request_id"] for chat in chats]
         try:
             with spans.Vectors(self._model.id, ids, [self._traces.get(id_, "") for id_ in ids]) as together:
-                vectors = await self._vectors(chats, together.traceparent)
+                texts = [searchable_text(chat["messages"]) for chat in chats]
+                vectors = await self._vectors(texts, together.traceparent)
                 with together.insert():
                     await self._store.write_vectors(chats, self._model.vector_space, vectors)
-        except (InvalidRequest, EngineFailed, RecordRefused) as exc:
+        except DeadlineExceeded:
+            self._batch = max(1, len(chats) // 2)
+            raise
+        except (InvalidRequest, PayloadTooLarge, EngineFailed, RecordRefused) as exc:
             if len(chats) > 1:
                 for chat in chats:
                     await self._embed([chat])
                 return
+            if isinstance(exc, EngineFailed):
+                await self._vectors(["ready"], "")  # raises where the model fails at everything: it is not this chat
             extra = {"action": "vectors", "chat": chats[0]["id"], "error": type(exc).__name__}
             logger.error("chat left without a vector", extra=extra)
             await self._store.drop_pending(chats[0]["id"])
@@ -113,16 +128,17 @@ class Vectors:
             return
         for id_ in ids:
             self._traces.pop(id_, None)
+        self._batch = min(BATCH, max(self._batch, len(chats) + 1))
         metrics.vectors_written.labels(self._model.id).inc(len(chats))
 
-    async def _vectors(self, chats: list[Row], traceparent: str) -> NDArray[np.float32]:
-        """float32 (n_chats, dimensions)."""
+    async def _vectors(self, texts: list[str], traceparent: str) -> NDArray[np.float32]:
+        """float32 (n_texts, dimensions)."""
         now = time.time()
         job = Job(
             id=f"vectors-{uuid.uuid4().hex}",
             model=self._model.id,
             endpoint="archive",
-            body={"input": [searchable_text(chat["messages"]) for chat in chats], "truncate": True},
+            body={"input": texts, "truncate": True, "space": self._model.vector_space},
             key_id=0,
             reply_to=self._inbox.queue,
             created_at=now,

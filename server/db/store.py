@@ -133,7 +133,7 @@ class Store:
         return await self._rows("pending_chats", {"limit": limit})
 
     async def requeue_vectors(self, space: str) -> int:
-        """Let every chat wait for a vector in `space` if it was never met before; returns how many."""
+        """Let every chat without a vector in `space` wait for one; returns how many did not wait yet."""
         return await self._execute("requeue_vectors", {"space": space})
 
     async def drop_pending(self, chat_id: int) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from server.core.errors import InvalidRequest
+import workers.embedding
+from server.core.errors import EngineFailed, InvalidRequest, Unavailable
 from server.core.inbox import Inbox
 from server.core.messages import EmbeddingResult, Job, Lane, decode_embeddings, vectors_of
 from server.core.registry import ModelSpec
 from server.core.settings import Settings
 from tests.integration.test_amqp import until
 from tests.models.tiny_embedding import build
+from workers.batching import Text
 from workers.embedding import EmbeddingWorker
 
 
@@ -111,3 +115,47 @@ async def test_a_worker_whose_batches_have_ended_ends(bench: Bench) -> None:
     # Then the worker says so by its end, rather than take jobs that it never answers
     await until(lambda: not bench.worker.probe.ready)
     assert not bench.worker.alive()
+
+
+async def test_a_model_that_fails_at_everything_ends_its_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = bench.worker._embedder.encode
+
+    def poisoned(texts: list[Text], alone: bool = False) -> NDArray[np.float32]:
+        if broken or len(texts[0].fields["input_ids"]) > 10:
+            raise RuntimeError("CUDA error")
+        return encode(texts, alone)
+
+    monkeypatch.setattr(bench.worker._embedder, "encode", poisoned)
+    # Given a text that the model fails at: then that one is answered with an error, and the others as before
+    broken = False
+    with pytest.raises(EngineFailed):
+        await bench.ask(["word " * 20])
+    assert vectors_of(await bench.ask(["fine"])).shape == (1, 128)
+    assert bench.worker.alive()
+    # When it fails at whatever it is given; then the worker says so by its end
+    broken = True
+    with pytest.raises(EngineFailed):
+        await bench.ask(["fine"])
+    await until(lambda: not bench.worker.probe.ready)
+    assert not bench.worker.alive()
+
+
+async def test_a_batch_without_an_end_is_told_of(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers.embedding, "LONGEST_S", 0.2)
+    assert bench.worker.hung_s() == 0
+    # Given a model that hangs
+    let_go = threading.Event()
+    monkeypatch.setattr(bench.worker._embedder, "encode", lambda *_: let_go.wait(10))
+    asking = asyncio.create_task(bench.ask(["fine"]))
+    # Then it is known for how long
+    await until(lambda: bench.worker.hung_s() > 0.1)
+    let_go.set()
+    with pytest.raises(EngineFailed):  # what it gave are no vectors
+        await asking
+    assert bench.worker.hung_s() == 0
+
+
+async def test_vectors_of_another_version_are_refused(bench: Bench) -> None:
+    assert vectors_of(await bench.ask(["fine"], space=bench.spec.vector_space)).shape == (1, 128)
+    with pytest.raises(Unavailable, match=r"Another version of tiny-.* is about to be served"):
+        await bench.ask(["fine"], space="tiny:another")

@@ -36,6 +36,10 @@ def chat(key_id: int, **fields: object) -> Record:
     return replace(made, **fields)  # type: ignore[arg-type]
 
 
+def embedding(key_id: int, **fields: object) -> Record:
+    return chat(key_id, **{"type": "embedding", "completion_tokens": 0, "messages": [], "finish_reason": "", **fields})
+
+
 def test_migrating_twice_changes_nothing(database_url: str) -> None:
     assert migrate(database_url) == []
 
@@ -43,8 +47,7 @@ def test_migrating_twice_changes_nothing(database_url: str) -> None:
 async def test_a_record_delivered_again_counts_once(store: Store, key_id: int) -> None:
     # Given three records, one of them twice in the same batch
     first, second = chat(key_id), chat(key_id, session_id="t")
-    embedding = replace(chat(key_id), type="embedding", model="e", texts=2, completion_tokens=0)
-    records = [first, second, first, embedding]
+    records = [first, second, first, embedding(key_id, model="e", texts=2)]
     # When the batch is written twice, and at the same time
     written = await asyncio.gather(store.write(records), store.write(records))
     # Then each is there once, in history and in every sum
@@ -116,7 +119,7 @@ async def test_pending_vectors_are_the_chats_without_one(store: Store, key_id: i
     assert len(mine) == 2
     await store.write_vectors(mine, "e", np.eye(2, 8, dtype=np.float32))
     assert not [row for row in await store.pending_chats(1000) if row["key_id"] == key_id]
-    # Another model's vectors are wanted the first time it is met, and only then
+    # Another model's vectors are wanted as well, of each chat once
     space = secrets.token_hex(4)
     assert await store.requeue_vectors(space) >= 2
     assert len([row for row in await store.pending_chats(1000) if row["key_id"] == key_id]) == 2
@@ -124,6 +127,13 @@ async def test_pending_vectors_are_the_chats_without_one(store: Store, key_id: i
     # One that will never have a vector is left out
     await store.drop_pending(mine[0]["id"])
     assert len([row for row in await store.pending_chats(1000) if row["key_id"] == key_id]) == 1
+    # And when the first model is back, what was said in the time of the other
+    await store.write_vectors(mine, space, np.eye(2, 8, dtype=np.float32))
+    await store.write([chat(key_id)])
+    (new,) = [row for row in await store.pending_chats(1000) if row["key_id"] == key_id]
+    await store.write_vectors([new], space, np.eye(1, 8, dtype=np.float32))
+    await store.requeue_vectors("e")
+    assert [row for row in await store.pending_chats(1000) if row["key_id"] == key_id] == [new]
 
 
 async def test_data_that_postgres_refuses_is_told_apart_from_a_failure(store: Store, key_id: int) -> None:
@@ -194,3 +204,20 @@ async def rows_read(pool: Pool) -> int:
         await conn.execute("SELECT pg_stat_force_next_flush()")
         query = "SELECT seq_tup_read + idx_tup_fetch AS rows FROM pg_stat_user_tables WHERE relname = 'chats'"
         return int((await (await conn.execute(query)).fetchall())[0]["rows"])
+
+
+async def test_many_texts_are_several_rows_and_one_request(store: Store, key_id: int) -> None:
+    # Given a request of two jobs, the smaller of which is written first
+    request_id = secrets.token_hex(16)
+    ids = [f"{request_id}-again", request_id, f"{request_id}.1"]
+    await store.write([embedding(key_id, request_id=f"{request_id}.1", texts=44, prompt_tokens=44)])
+    row = await store.find_request(key_id, ids)
+    assert row is not None
+    assert (row["request_id"], row["texts"], row["prompt_tokens"]) == (f"{request_id}.1", 44, 44)
+    # When both are; then it is found as one
+    await store.write([embedding(key_id, request_id=request_id, texts=256, prompt_tokens=300)])
+    row = await store.find_request(key_id, ids)
+    assert row is not None
+    assert (row["request_id"], row["texts"], row["prompt_tokens"]) == (request_id, 300, 344)
+    assert (row["messages"], row["finish_reason"], row["endpoint"]) == (None, "", "/embeddings")
+    assert await store.find_request(key_id + 1, ids) is None

@@ -1,7 +1,6 @@
--- The first time a space is met (the model was changed), every chat waits for a vector in it.
-WITH met AS (
-    INSERT INTO vector_spaces (space) VALUES (%(space)s) ON CONFLICT DO NOTHING RETURNING space
-)
+-- Every chat without a vector in this space waits for one: those of the time of another model, and those that another
+-- archivist took for its own model meanwhile.
 INSERT INTO chat_vectors_pending (chat_id)
-SELECT c.id FROM chats c, met
+SELECT c.id FROM chats c
+WHERE NOT EXISTS (SELECT FROM chat_vectors v WHERE v.chat_id = c.id AND v.space = %(space)s)
 ON CONFLICT DO NOTHING

@@ -6,10 +6,11 @@ its bound, so that one client's thought would be ended in the middle of another 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor
 
@@ -71,6 +72,15 @@ class ThoughtBounds(LogitsProcessor):  # type: ignore[misc]  # vLLM is Any here
         self._implicit: list[int] | None = None
         self._device = device
         self._thinking: dict[int, _Thought] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Called for every request, in the process of the API. Raises VLLMValidationError, a refusal: what is no number
+        would end the engine where it is compared with one."""
+        bounds = Bounds.read(sampling_params.extra_args) or Bounds()
+        for name, value in asdict(bounds).items():
+            if value is not None and (type(value) is not int or value < 0):
+                raise VLLMValidationError(f"{name}: must be a whole number from 0.", parameter=name)
 
     def is_argmax_invariant(self) -> bool:
         """It changes what greedy sampling takes."""

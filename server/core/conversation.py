@@ -18,10 +18,10 @@ MEDIA: dict[str, Modality] = {
 
 
 def plain(content: Any) -> str:
-    """The text of a message's content."""
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if isinstance(part, dict) and part.get("text"))
-    return content or ""
+    """The text of a message's content; of what is none, nothing."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return "\n".join(text for text in texts if text and isinstance(text, str))
 
 
 def last_question(messages: list[Message]) -> str:

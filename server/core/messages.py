@@ -228,8 +228,11 @@ def encode(message: Job | Record | Status | Cancel | ErrorFrame | Ask | RequestS
 
 
 def decode(kind: type[T], body: bytes) -> T:
-    """Raises msgspec.DecodeError (msgspec.ValidationError among them) for what is not a `kind`."""
-    return msgspec.json.decode(body, type=kind)
+    """Raises msgspec.DecodeError (msgspec.ValidationError among them) for what is not a `kind`, or nests too deep."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except RecursionError as exc:
+        raise msgspec.DecodeError("it nests too deep") from exc
 
 
 _frames = msgspec.msgpack.Decoder(list[Frame])

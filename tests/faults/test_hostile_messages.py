@@ -12,7 +12,8 @@ import pytest
 
 from server.core import topology
 from server.core.amqp import AmqpLink
-from server.core.messages import decode_frames
+from server.core.messages import Frame, decode_frames, encode_frames
+from tests.faults.broker import ctl
 from tests.faults.guarded import Guarded
 from tests.faults.rig import MODEL, Rig, until
 
@@ -112,6 +113,9 @@ JOBS_ANSWERED: list[dict[str, Any]] = [
     {"deadline": 0},
     {"deadline": 1e300, "body": {}},
 ]
+
+NESTED = b"[" * 5000 + b"]" * 5000
+"""Deeper than Python calls itself."""
 
 RECORDS_REFUSED: list[dict[str, Any]] = [
     {"request_id": 5},
@@ -232,6 +236,7 @@ async def test_what_is_no_record_is_given_up_on_and_the_others_are_kept(guarded:
         key_id = next(row["id"] for row in await store.list_keys() if row["name"] == "eve")
     good = [json.dumps(record(key_id=key_id, session_id="kept")).encode() for _ in range(20)]
     bad = [*NOT_JSON, *(json.dumps(record(**({"key_id": key_id} | fields))).encode() for fields in RECORDS_REFUSED)]
+    bad += [body.replace(b'"hi"', NESTED) for body in bad[-1:]]
     before = await dead(stranger)
     mixed = [body for pair in zip(good * 2, bad, strict=False) for body in pair] + bad[len(good) * 2 :]
     # When they come together
@@ -254,11 +259,20 @@ async def test_what_is_no_record_is_given_up_on_and_the_others_are_kept(guarded:
     await still_works(guarded)
 
 
-async def test_strange_frames_statuses_and_cancels_harm_nobody(guarded: Guarded, stranger: AmqpLink) -> None:
+async def test_strange_frames_statuses_asks_and_cancels_harm_nobody(guarded: Guarded, stranger: AmqpLink) -> None:
+    # Given all that listens: fanouts, and the reply queues of those who wait for answers
+    listed = await ctl(guarded.parts.rabbitmq, "--quiet", "list_queues", "--vhost", guarded.parts.vhost, "name")
+    replies = [name for name in listed.split() if name.startswith("replies.")]
+    assert replies
     garbage = [*NOT_JSON, b'{"request_id": 5}', b'{"request_id": "x"}', json.dumps({"worker": 5}).encode()]
+    garbage += [encode_frames([Frame("x", "y", 10**9, "chunk", b"{}")]), encode_frames([])]
+    # When each is told what it does not understand
     for body in garbage:
-        stranger.broadcast(topology.CONTROL, body)
-        stranger.broadcast(topology.STATUS, body)
+        for fanout in (topology.CONTROL, topology.STATUS, topology.ASKS, topology.DEAD_LETTERS):
+            stranger.broadcast(fanout, body)
+        for queue in replies:
+            stranger.send(queue, body)
+    # Then all goes on
     await still_works(guarded)
     async with guarded.parts.client(guarded.url) as client:
         assert (await client.get("/health")).json()["rabbitmq_connected"]

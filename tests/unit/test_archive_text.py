@@ -56,7 +56,12 @@ def test_it_is_the_last_question_and_its_answer(messages: list[dict[str, Any]], 
 
 @pytest.mark.parametrize(
     "messages",
-    [[], [SYSTEM], [user(""), assistant("")], [user(None), assistant(None)], [user([]), assistant([])], [{}]],
+    [
+        *([], [SYSTEM], [user(""), assistant("")], [user(None), assistant(None)], [user([]), assistant([])], [{}]),
+        # Nor what no process of ours says
+        [user(5), assistant({"text": 5})],
+        [user([5, {"text": 5}, {"text": None}]), assistant([[]])],
+    ],
 )
 def test_a_chat_without_text_still_has_some(messages: list[dict[str, Any]]) -> None:
     # An empty text is no input of an embedding model; a blank one is

@@ -108,6 +108,7 @@ def test_a_newer_process_reads_an_older_message() -> None:
         encode(JOB) + b"x",
         encode(JOB).replace(b'"key_id":7', b'"key_id":"7"'),
         encode(JOB).replace(b'"a1"', b"null"),
+        encode(JOB)[:-1] + b',"body":' + b'{"x":' * 5000 + b"0" + b"}" * 5001,
     ],
 )
 def test_what_is_no_job_is_refused(body: bytes) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
 from workers.thoughts import Bounds, ThoughtBounds
@@ -146,3 +147,12 @@ def test_bounds_are_read_from_what_the_engine_is_given() -> None:
     assert Bounds.read(None) is None
     assert Bounds.read({"dry_multiplier": 1}) is None
     assert Bounds.read({"thinking_budget": 0}) == Bounds(thinking_budget=0)
+
+
+@pytest.mark.parametrize("name", ["thinking_budget", "must_answer"])
+@pytest.mark.parametrize("value", ["x", "5", 1.5, True, -1, [5]])
+def test_what_is_no_number_is_refused_before_it_reaches_the_engine(name: str, value: Any) -> None:
+    with pytest.raises(VLLMValidationError, match=f"^{name}: must be a whole number from 0"):
+        ThoughtBounds.validate_params(SimpleNamespace(extra_args={name: value}))
+    ThoughtBounds.validate_params(SimpleNamespace(extra_args={name: 0, "dry_multiplier": 1}))
+    ThoughtBounds.validate_params(SimpleNamespace(extra_args=None))

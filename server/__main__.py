@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import resource
+import signal
 import socket
 import sys
 import time
@@ -107,6 +108,8 @@ def _serve(settings: Settings, fd: int | None) -> int:
             raise BadSettings(f"{name.upper()} is not set. The server needs it; ./run starts everything itself.")
     if settings.server_workers > 1 and fd is None:
         return asyncio.run(ServerProcesses(settings).run())
+    if fd is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback of one that is stopped before
     # Here, because no other command needs the half of it, and the process that keeps several of these none.
     from server.app import create_app
     from server.core.http import Bounds, HttpServer, Shared
@@ -122,13 +125,14 @@ def _serve(settings: Settings, fd: int | None) -> int:
     sockets = None if fd is None else [socket.socket(fileno=fd)]
 
     async def until_stopped() -> None:
-        serving = asyncio.create_task(server.serve(sockets))
-        stopped = asyncio.create_task(stop_event().wait())
+        serving, stopping = asyncio.create_task(server.serve(sockets)), stop_event()
+        stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.started and not serving.done():
             app.state.draining, app.state.drained_by = True, time.monotonic() + settings.drain_timeout_s
             asyncio.get_running_loop().call_later(settings.drain_timeout_s, app.state.dispatcher.give_up)
-            await server.drain(settings.drain_timeout_s + TELL_S, shared=fd is not None)
+            alone = fd is not None and stopping.number == signal.SIGTERM  # the others go on (server/processes.py)
+            await server.drain(settings.drain_timeout_s + TELL_S, shared=alone)
         server.should_exit = True
         await serving
 

@@ -30,11 +30,11 @@ class Child:
     def exited(self) -> bool:
         return self.process.returncode is not None
 
-    async def stop(self, timeout_s: float) -> None:
-        """SIGTERM, then after `timeout_s` SIGKILL; what it started goes with it."""
+    async def stop(self, timeout_s: float, first: signal.Signals = signal.SIGTERM) -> None:
+        """Send the `first` signal, then after `timeout_s` SIGKILL; what it started goes with it."""
         if not self.exited:
             with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
+                self.process.send_signal(first)
             try:
                 await asyncio.wait_for(self.process.wait(), timeout_s)
             except TimeoutError:

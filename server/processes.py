@@ -57,10 +57,11 @@ class ServerProcesses:
                 task.cancel()
             await asyncio.gather(stopped, *keeping, return_exceptions=True)
             timeout_s = self._settings.drain_timeout_s + STOP_GRACE_S
-            await asyncio.gather(*(child.stop(timeout_s) for child in self._children.values()))
+            # SIGINT says to each that no other will take the connections that come now.
+            await asyncio.gather(*(child.stop(timeout_s, signal.SIGINT) for child in self._children.values()))
             beating.cancel()
             # One that was still starting had nothing to drain, and ends by the signal.
-            well = all(child.process.returncode in (0, -signal.SIGTERM) for child in self._children.values())
+            well = all(child.process.returncode in (0, -signal.SIGINT) for child in self._children.values())
             return 0 if stopping.is_set() and well else 1
 
     async def _keep(self, place: int, listening: socket.socket, metrics: str) -> None:

@@ -4,9 +4,19 @@ import asyncio
 import signal
 
 
-def stop_event() -> asyncio.Event:
+class StopEvent(asyncio.Event):
+    """`number` is the signal's that set it, 0 before."""
+
+    number = 0
+
+    def hear(self, number: int) -> None:
+        self.number = self.number or number
+        self.set()
+
+
+def stop_event() -> StopEvent:
     """Set at the first SIGTERM or SIGINT from now on; neither ends the process by itself any more."""
-    stopping = asyncio.Event()
+    stopping = StopEvent()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        asyncio.get_running_loop().add_signal_handler(number, stopping.hear, number)
     return stopping

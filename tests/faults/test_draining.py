@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from server.process import Child
+from tests.faults.broker import jobs_waiting
 from tests.faults.chats import NATIVE, ask, is_refused, kept
 from tests.faults.rig import MODEL, Rig, healthy, history, until
 from tests.models.tiny_embedding import build
@@ -106,9 +107,11 @@ async def counted(client: httpx.AsyncClient, count: int) -> bool:
     return total == count
 
 
-async def test_a_rolling_restart_of_workers_and_servers(parts: Rig) -> None:
-    # Given two servers behind a balancer, two workers, and steady load
-    servers = dict([await parts.server("server-1"), await parts.server("server-2")])
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_a_rolling_restart_of_workers_and_servers(parts: Rig, processes: str) -> None:
+    # Given two servers (of so many processes) behind a balancer, two workers, and steady load
+    of = {"SERVER_WORKERS": processes}
+    servers = dict([await parts.server("server-1", **of), await parts.server("server-2", **of)])
     workers = [await worker(parts, "worker-1"), await worker(parts, "worker-2")]
     await parts.archive()
     balancer, stop = Balancer(dict.fromkeys(servers, True)), asyncio.Event()
@@ -129,7 +132,7 @@ async def test_a_rolling_restart_of_workers_and_servers(parts: Rig) -> None:
             await leave(child)
             assert not loading.done(), loading.exception()
             port = url.rpartition(":")[2]
-            await parts.run(f"server-{port}-again", "server", "serve", "--port", port)
+            await parts.run(f"server-{port}-again", "server", "serve", "--port", port, **of)
             await until(lambda url=url: balancer.urls[url])
         await asyncio.sleep(1)
         stop.set()
@@ -203,6 +206,8 @@ async def test_it_finishes_what_it_has_and_takes_nothing_new(parts: Rig, kind: s
     if kind == "worker":
         async with parts.client(url) as client:
             assert await until(lambda: history(client, 1))
+        # And it leaves nothing in its queue for another to do again
+        assert await jobs_waiting(parts.amqp_url, MODEL) == 0
 
 
 async def kept_at_least(rig: Rig, count: int) -> bool:

@@ -65,9 +65,14 @@ def status_of(error: ServiceError, dialect: Dialect) -> int:
     return error.status
 
 
+def count_error(error: ServiceError) -> None:
+    """Of one that is about to be told."""
+    metrics.errors.labels(type(error).__name__, str(error.status)).inc()
+
+
 def error_body(error: ServiceError, dialect: Dialect, request_id: str = "") -> dict[str, Any]:
     """The JSON of an error, whether it is the answer or an event in a stream. It is counted: it is about to be told."""
-    metrics.errors.labels(type(error).__name__, str(error.status)).inc()
+    count_error(error)
     status = status_of(error, dialect)
     if dialect == "openai":
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"

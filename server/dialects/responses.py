@@ -13,6 +13,7 @@ from server import limits
 from server.core.conversation import last_question
 from server.core.errors import InvalidRequest, ServiceError
 from server.dialects.relay import Question, Turn, ask, ignored_of, json_response, must_answer
+from server.errors import count_error
 from server.media import check_media
 from server.schemas.responses import FunctionCall, InputMessage, ReasoningItem, ResponsesRequest
 from server.sse import SseResponse, event
@@ -138,5 +139,6 @@ async def _stream(turn: Turn) -> AsyncGenerator[bytes, None]:
             count += 1
             yield event(data, name)
     except ServiceError as exc:
+        count_error(exc)
         told = {"type": "error", "code": exc.code or None, "message": exc.message, "param": exc.param}
         yield event(orjson.dumps(told | {"sequence_number": count}), b"error")

@@ -6,6 +6,7 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
+from server.core import metrics
 from server.core.errors import ContextExceeded
 from server.dialects import responses
 from server.dispatch import Call
@@ -229,7 +230,10 @@ async def test_sources_stand_in_the_first_and_the_last_event(end: str, sources: 
 
 async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
     error = ContextExceeded("Too long.", param="input")
+    counted = metrics.errors.labels("ContextExceeded", "400")._value
+    before = counted.get()
     *_, last = await collect(responses._stream(turn_of(event("response.created", response={}), error)))
     assert last.startswith(b"event: error\n")
     expected = {"type": "error", "code": "context_length_exceeded", "message": "Too long.", "param": "input"}
     assert data_of(last) == {**expected, "sequence_number": 1}
+    assert counted.get() == before + 1

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from server.core import topology
+from server.core.amqp import AmqpLink
 from server.private import RABBITMQ_PATHS, PrivateRabbitMQ, free_port
 from tests.processes import naming
 
@@ -27,6 +29,19 @@ async def ctl(rabbitmq: PrivateRabbitMQ, *argv: str) -> str:
     output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
     return output.decode()
+
+
+async def jobs_waiting(amqp_url: str, model: str) -> int:
+    """Jobs in the model's queue that nobody has."""
+    asked: list[int] = []
+
+    async def setup(link: AmqpLink) -> None:
+        asked.append((await link.declare_queue(topology.jobs_queue(model, "interactive"), passive=True))[0])
+
+    link = AmqpLink(amqp_url, "test", setup)
+    await link.start()
+    await link.close()
+    return asked[-1]
 
 
 @asynccontextmanager

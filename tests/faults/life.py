@@ -59,10 +59,17 @@ class Life:
 
     async def running(self) -> int:
         """Jobs in the hands of workers, as they say themselves."""
+        return await self._measured(f'qwen3_jobs_running{{model="{MODEL}"}} ')
+
+    async def jobs(self, outcome: str) -> int:
+        """Jobs that ended so, as the workers count them."""
+        return await self._measured(f'qwen3_jobs_total{{model="{MODEL}",outcome="{outcome}"}} ')
+
+    async def _measured(self, name: str) -> int:
+        """The sum over the workers' own metrics."""
         ports = {worker["metrics_port"] for worker in await self._workers()}
         async with httpx.AsyncClient(trust_env=False) as client:
             pages = [(await client.get(f"http://127.0.0.1:{port}/metrics")).text for port in ports]
-        name = f'qwen3_jobs_running{{model="{MODEL}"}} '
         return sum(int(float(line.removeprefix(name))) for page in pages for line in page.splitlines() if name in line)
 
     async def _workers(self) -> list[dict[str, Any]]:

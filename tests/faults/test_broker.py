@@ -15,10 +15,9 @@ import psutil
 import pytest
 
 from server.core import topology
-from server.core.amqp import AmqpLink
 from server.fleet import STALE_S
 from server.process import Child
-from tests.faults.broker import Proxy, ctl, killed, without_memory
+from tests.faults.broker import Proxy, ctl, jobs_waiting, killed, without_memory
 from tests.faults.chats import (
     ANTHROPIC,
     NATIVE,
@@ -67,19 +66,6 @@ async def busy(client: httpx.AsyncClient) -> float | None:
     return float(found[1]) if found else None
 
 
-async def jobs_waiting(parts: Rig, model: str) -> int:
-    """Jobs in the model's queue that nobody has."""
-    asked: list[int] = []
-
-    async def setup(link: AmqpLink) -> None:
-        asked.append((await link.declare_queue(topology.jobs_queue(model, "interactive"), passive=True))[0])
-
-    link = AmqpLink(parts.amqp_url, "test", setup)
-    await link.start()
-    await link.close()
-    return asked[-1]
-
-
 async def test_rabbitmq_is_killed_and_comes_back(fragile: Rig) -> None:
     # Given streams that run, and a job that was accepted, for a worker that is not there yet
     parts = fragile
@@ -95,7 +81,7 @@ async def test_rabbitmq_is_killed_and_comes_back(fragile: Rig) -> None:
         waiting = asyncio.create_task(ask(client, model=HELD))
 
         async def accepted() -> bool:
-            return await jobs_waiting(parts, HELD) == 1
+            return await jobs_waiting(parts.amqp_url, HELD) == 1
 
         await until(accepted)
         # When the broker is killed
@@ -121,7 +107,7 @@ async def test_rabbitmq_is_killed_and_comes_back(fragile: Rig) -> None:
         await parts.run("held", "benchmarks.echo", "--model", HELD)
 
         async def taken() -> bool:
-            return await jobs_waiting(parts, HELD) == 0
+            return await jobs_waiting(parts.amqp_url, HELD) == 0
 
         await until(taken)
         await healthy(client)
@@ -189,11 +175,12 @@ async def test_what_is_declared_keeps_the_rules_of_rabbitmq_4(reached: Reached) 
     vhost = ("--vhost", reached.parts.vhost)
     listed = await ctl(reached.parts.rabbitmq, "--quiet", "list_queues", *vhost, *columns, "--formatter", "json")
     queues = json.loads(listed)
-    # Then nothing is transient but what is one connection's, and jobs and records are in quorum queues with a limit
+    # Then nothing is transient but what is one connection's, and all else is in quorum queues with a limit, what an
+    # earlier version may have left aside
     assert {topology.HISTORY, topology.DEAD} <= {queue["name"] for queue in queues}
     for queue in queues:
         assert queue["durable"] or queue["exclusive"], queue
-        if queue["name"].startswith("jobs.") or queue["name"] == topology.HISTORY:
+        if not queue["exclusive"] and queue["name"] != topology.HISTORY_BEFORE:
             assert queue["type"] in ("quorum", "rabbit_quorum_queue"), queue
             assert "x-delivery-limit" in str(queue["arguments"]), queue
 
@@ -306,6 +293,12 @@ async def test_rabbitmqs_memory_alarm(fragile: Rig) -> None:
             assert all(is_refused(answer) for answer in first)
             assert await all_refused(client)
             assert "RabbitMQ takes nothing: low on memory" in (await health(client))["problems"]
+            # And a request that is made is known to the server that has it; another, that cannot ask, says so
+            where = f"/v1/requests/{stream.request_id}"
+            assert (await client.get(where)).json()["status"] == "running"
+            for other in (idle, quiet):
+                assert is_refused(await other.get(where))
+                assert is_refused(await other.delete(where))
             # And none of them is held: 100 MB are asked for, and not kept
             before = psutil.Process(server.process.pid).memory_info().rss
             text = "x" * 500_000

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.faults.life import CHAT, Life, life, say
 from tests.faults.rig import Rig, until
@@ -101,25 +102,25 @@ async def test_two_workers_take_turns_alike(parts: Rig) -> None:
                 assert await begun_before(running, client, f"mine {number}") <= 4
 
 
-async def test_shares_follow_weights(parts: Rig) -> None:
-    # Given two keys, one with three times the weight of the other, that both have more to do than can be done
-    heavy = await made_key(parts, "heavy", "--weight", "3")
-    light = await made_key(parts, "light")
+@pytest.mark.parametrize(("weight", "tokens"), [(3, {"more": 10, "less": 10}), (1, {"more": 10, "less": 32})])
+async def test_shares_follow_weights_and_tokens(parts: Rig, weight: int, tokens: dict[str, int]) -> None:
+    # Given two keys that both have more to do than can be done, one of them with three times the weight of the other,
+    # or with jobs of a third of the tokens: 11 and 33 with the one of the prompt
+    keys = {"more": await made_key(parts, "more", "--weight", str(weight)), "less": await made_key(parts, "less")}
     async with life(parts, slots=2) as running:
         jobs: list[asyncio.Task[Any]] = []
-        clients = [parts.client(url, key) for url in running.urls for key in (light, heavy)]
+        clients = [(name, parts.client(url, key)) for url in running.urls for name, key in keys.items()]
         for number in range(120):
-            client = clients[number % 4]
-            name = "heavy" if number % 2 else "light"
-            jobs.append(asyncio.create_task(client.post(CHAT, json=say(name, max_tokens=10))))
-        await until(lambda: len(running.begun()) >= 50)
-        # Then of what is begun, the first few aside, three in four are the heavier one's
+            name, client = clients[number % len(clients)]
+            jobs.append(asyncio.create_task(client.post(CHAT, json=say(name, max_tokens=tokens[name]))))
+        await until(lambda: len(running.begun()) >= 50, 60)
+        # Then of what is begun, the first few aside, three in four are that one's
         shares = running.begun()[10:50]
-        assert 26 <= shares.count("heavy") <= 34, shares
+        assert 26 <= shares.count("more") <= 34, shares
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-        for client in clients:
+        for _, client in clients:
             await client.aclose()
 
 

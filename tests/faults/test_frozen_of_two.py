@@ -71,6 +71,7 @@ async def test_with_chats_in_hand(parts: Rig) -> None:
         os.kill(frozen.process.pid, signal.SIGSTOP)
         frozen_at = time.monotonic()
         new = [asyncio.create_task(ask(client, text=f"new {n}", temperature=1, max_tokens=20)) for n in range(8)]
+        streams = [Stream(client, text=f"stream {n}", temperature=1, max_tokens=20) for n in range(8)]
         # Then readiness names it, and stays: the other one answers
         told = await until(lambda: named(client, name), NAMED_S)
         assert time.monotonic() - frozen_at < NAMED_S
@@ -78,6 +79,10 @@ async def test_with_chats_in_hand(parts: Rig) -> None:
         # And the other answers what comes now, and what came while nobody knew
         for answer in await asyncio.wait_for(asyncio.gather(*new), TAKEN_OVER_S):
             assert said(answer) == text_from(other.process.pid, 20)
+        for stream in streams:
+            await stream.end(TAKEN_OVER_S)
+            assert stream.done, stream.events
+            assert stream.text == text_from(other.process.pid, 20)
         await until(lambda: "whole" in begun(parts, "other"), TAKEN_OVER_S)
         # When it moves again, while the other still does its work
         assert not whole.done()
@@ -99,7 +104,7 @@ async def test_with_chats_in_hand(parts: Rig) -> None:
         entries = (await client.get("/chat/history?limit=100")).json()
         kept = {entry["messages"][0]["content"]: entry for entry in entries}
         assert len(kept) == len(entries)
-        assert set(kept) == {"greedy", "whole", *(f"new {n}" for n in range(8))}
+        assert set(kept) == {"greedy", "whole", *(f"{kind} {n}" for kind in ("new", "stream") for n in range(8))}
         assert kept["whole"]["messages"][-1]["content"] == said(answer)
         assert kept["greedy"]["messages"][-1]["content"] == numbers(LONG)
         assert {entry["finish_reason"] for entry in entries} == {"stop"}

@@ -24,6 +24,7 @@ async def test_what_the_memory_alarm_refused_is_neither_made_nor_kept_nor_billed
         await until(answered)
         await asyncio.sleep(2)
         assert (await running.queued(), await running.running()) == (0, 0)
+        assert await running.jobs("cancelled") > 0  # the worker was sent some of them
         assert set(running.begun()) == {"taken"}
         made = len(running.begun())
         assert (await running.usage())[0] == len(await running.history()) == made

@@ -3,11 +3,12 @@
 import json
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.stack import Stack, eventually
+from tests.stack import Stack, addresses, eventually
 
 TEXTS = {
     "NUL": "a\x00b \\u0000 \\x00",
@@ -118,5 +119,7 @@ def test_no_log_has_any_of_it(stack: Stack) -> None:
         assert client.post("/chat", json=marked).status_code == 200
     logs = b"\n".join(path.read_bytes() for path in stack.folder.glob("**/*.log"))
     assert b"vllm" in logs.lower()
-    for secret in (stack.key, "told in confidence 5f0c2d", "DROP TABLE chats", "Obey."):
+    passwords = [urlsplit(addresses(stack)[name]).password for name in ("DATABASE_URL", "AMQP_URL")]
+    assert all(passwords)
+    for secret in (stack.key, *map(str, passwords), "told in confidence 5f0c2d", "DROP TABLE chats", "Obey."):
         assert secret.encode() not in logs

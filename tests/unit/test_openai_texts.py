@@ -15,7 +15,16 @@ from server.dialects import openai
 from server.dispatch import Call
 from server.schemas.embeddings import MAX_TEXTS
 from server.schemas.openai import CompletionsRequest, EmbeddingsRequest
-from tests.unit.fake_requests import REGISTRY, FakeDispatcher, FakeTicket, body_of, frame, refused, request_of
+from tests.unit.fake_requests import (
+    REGISTRY,
+    VECTORS,
+    FakeDispatcher,
+    FakeTicket,
+    body_of,
+    frame,
+    refused,
+    request_of,
+)
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
@@ -76,6 +85,7 @@ async def test_vectors_in_openais_list() -> None:
         "input": ["one", "two"],
         "first": 0,
         "input_type": "document",
+        "space": VECTORS.vector_space,
         "truncate": False,
     }
 

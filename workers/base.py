@@ -40,6 +40,7 @@ HEAR_S = 0.25
 HALT_S = 3.0
 """For an engine that was told to stop to hand over what it has made, and for that to be recorded; then it is taken by
 force, and what it has made is not recorded. Longer than a process stands still that others keep from its core."""
+HALT_EVERY_S = 0.05
 
 TOLD_HUNG_S = 6.0
 """A model that owes an answer for this long, and does nothing, is not ready."""
@@ -91,7 +92,8 @@ class Worker(ABC):
         """Answer the job; what comes before the last frame goes through `reply`. Raises ServiceError."""
 
     async def halt(self, job: Job) -> bool:
-        """Have `handle` return soon with what it has made so far; False where that cannot be, and it is cancelled."""
+        """Have `handle` return soon with what it has made so far; asked until it has. False where that cannot be: it is
+        cancelled then."""
         return False
 
     @abstractmethod
@@ -242,8 +244,10 @@ class Worker(ABC):
 
     async def _halt(self, run: Run) -> None:
         assert run.task is not None
-        if await self.halt(run.job):
-            await asyncio.wait({run.task}, timeout=HALT_S)
+        until = time.monotonic() + HALT_S
+        # Again and again: an engine may not have all of it yet, or no more, while its last words are on their way.
+        while run.handling and time.monotonic() < until and await self.halt(run.job):
+            await asyncio.wait({run.task}, timeout=HALT_EVERY_S)
         if run.handling:
             run.task.cancel()
 

@@ -45,7 +45,8 @@ class ChatWorker(Worker):
         return self._engine.alive
 
     async def halt(self, job: Job) -> bool:
-        return await self._engine.serving[job.api].halt(job.id)
+        await self._engine.serving[job.api].halt(job.id)
+        return True
 
     def hung_s(self) -> float:
         return self._heart.hung_s

@@ -62,16 +62,15 @@ class Serving(ABC):
         finally:
             await events.aclose()
 
-    async def halt(self, request_id: str) -> bool:
+    async def halt(self, request_id: str) -> None:
         """End an answer where it is, as if it were whole, with its tokens counted; vLLM's finish_reason is "abort".
 
-        False where the engine does not have it, or not yet.
+        Nothing where the engine does not have it yet, or no more.
         """
         # An answer to several prompts has an id for each, and each API a prefix of its own.
         mine = [id_ for id_ in self._client.output_processor.external_req_ids if request_id in id_]
         if mine:
             await self._client.abort(mine)
-        return bool(mine)
 
     async def _told(self, events: Any, request_id: str) -> AsyncGenerator[Any, None]:
         """vLLM's events. Most of its streams tell an error in one; those that raise it are heard here."""

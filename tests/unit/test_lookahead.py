@@ -28,6 +28,7 @@ class Counting(Worker):
         self._intake.slots = {"interactive": Slots(slots), "batch": Slots(1)}
         self.begun: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}
+        self.recorded = False
         self._consumer = self._intake.consumer = self.link = FakeLink()  # type: ignore[assignment]
         self._publisher = self._intake.publisher = self._outbox._link = self.link  # type: ignore[assignment]
 
@@ -52,7 +53,7 @@ class Counting(Worker):
     ) -> None:
         """`again`: so many times before, it was delivered, by connections that are lost."""
         now = time.time()
-        job = Job(id_, "m", "/chat", {}, key, "replies.x", now, now + deadline_s, recorded=False)
+        job = Job(id_, "m", "/chat", {}, key, "replies.x", now, now + deadline_s, recorded=self.recorded)
         source = self._intake.lanes[lane] if lane else self._intake.suspects
         channel = id_ + "'" * again
         self._intake.take(source, Delivery(encode(job), len(self.link.settled) + 1, 1 + again, channel))  # type: ignore[arg-type]
@@ -141,6 +142,35 @@ async def test_the_lanes_have_slots_of_their_own(worker: Counting) -> None:
     assert "much-later" not in worker.begun
     await worker.end("later")
     assert worker.begun[-1] == "much-later"
+
+
+@pytest.mark.parametrize("asked", [1, 3])
+async def test_what_ends_while_it_is_stopped_is_recorded(
+    worker: Counting, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    # Given an engine that does not have a job yet, or no more, when it is to stop it: its end is on its way
+    monkeypatch.setattr(base, "HALT_EVERY_S", 0.01)
+    halted: list[str] = []
+
+    async def halt(job: Job) -> bool:
+        halted.append(job.id)
+        if len(halted) == asked:
+            worker.ends[job.id].set()
+        return True
+
+    monkeypatch.setattr(worker, "halt", halt)
+    recorded: list[Record] = []
+    monkeypatch.setattr(base, "send_record", lambda _link, record, *_: recorded.append(record))
+    worker.recorded = True
+    worker.take("b", 2)
+    await worker.end("a0")
+    assert worker.begun[-1] == "b"
+    # When it is cancelled
+    worker._on_control(Delivery(encode(Cancel("b")), 0, 1, None))  # type: ignore[arg-type]
+    await asyncio.sleep(0.1)
+    # Then what it has made is recorded
+    assert halted == ["b"] * asked
+    assert [(record.request_id, record.finish_reason) for record in recorded] == [("b", "cancelled")]
 
 
 async def test_what_is_cancelled_while_it_waits_is_done_with_and_never_begun(worker: Counting) -> None:

@@ -157,6 +157,33 @@ def test_a_client_leaves_its_stream(stack: Stack, client: httpx.Client) -> None:
     check_recorded(client, seen)
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+def test_clients_leave_as_their_streams_end(stack: Stack, client: httpx.Client, path: str) -> None:
+    """Of a hundred that leave in this way there was one of which nothing was recorded."""
+    body, count = endless(path) | {"max_tokens": 40, "min_tokens": 40}, 150
+    (before,) = told_by_engine(stack, "generation_tokens_total")
+    # Given how long a stream takes
+    began = time.monotonic()
+    with client.stream("POST", path, json=body) as response:
+        list(response.iter_lines())
+    whole_s = time.monotonic() - began
+    # When clients leave theirs shortly before the end, so that some end in the very moment that they are stopped
+    for number in range(count - 1):
+        began, stay_s = time.monotonic(), whole_s * (0.3 + 0.7 * number / count)
+        with client.stream("POST", path, json=body) as response:
+            for _ in response.iter_lines():
+                if time.monotonic() - began > stay_s:
+                    break
+    stops(stack)
+    # Then all that the engine has made for each of them is recorded and billed
+    entries = eventually(lambda: len(found := client.get("/chat/history?limit=1000").json()) == count and found)
+    made = sum(entry["usage"]["completion_tokens"] for entry in entries)
+    assert made == told_by_engine(stack, "generation_tokens_total")[0] - before
+    used = client.get("/usage").json()
+    assert used["total_requests"] == count
+    assert used["total_tokens"] == sum(entry["usage"]["total_tokens"] for entry in entries)
+
+
 def test_a_client_leaves_while_it_waits(stack: Stack, client: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         client.post(CHAT, json=ask(), timeout=1)

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,11 +19,15 @@ from tests.processes import naming
 def listening(processes: list[psutil.Process]) -> dict[str, set[tuple[str, int]]]:
     """Addresses and ports on which these processes, and what they started, can be reached, by process name."""
     found: dict[str, set[tuple[str, int]]] = {}
-    every = {p.pid: p for process in processes for p in [process, *process.children(recursive=True)]}
+    every = {process.pid: process for process in processes}
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            every |= {child.pid: child for child in process.children(recursive=True)}
     for process in every.values():
-        for connection in process.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN or (not connection.raddr and connection.type == 2):
-                found.setdefault(process.name(), set()).add((connection.laddr.ip, connection.laddr.port))
+        with suppress(psutil.NoSuchProcess):  # one that has done its work meanwhile
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN or (not connection.raddr and connection.type == 2):
+                    found.setdefault(process.name(), set()).add((connection.laddr.ip, connection.laddr.port))
     return found
 
 

@@ -17,14 +17,15 @@ from tests.faults.rig import MODEL, Rig, history, until
 
 
 @asynccontextmanager
-async def service(parts: Rig) -> AsyncIterator[tuple[httpx.AsyncClient, Proxy, Child]]:
-    """A server, an archivist, and one worker that reaches the broker through something that can be cut."""
+async def service(parts: Rig, *argv: str) -> AsyncIterator[tuple[httpx.AsyncClient, Proxy, Child]]:
+    """A server, an archivist, and one worker (`python -m ARGV`) that reaches the broker through something that can be
+    cut."""
     proxy = Proxy(parts.amqp_url)
     await proxy.start()
     try:
         url, _ = await parts.server()
         await parts.archive()
-        worker = await parts.run("first", *saying(WORDS), AMQP_URL=proxy.url)
+        worker = await parts.run("first", *argv, AMQP_URL=proxy.url)
         async with parts.client(url) as client:
             await until(lambda: ready(client, 1))
             yield client, proxy, worker
@@ -70,7 +71,7 @@ async def is_told_once(client: httpx.AsyncClient, text: str) -> dict[str, Any]:
 
 
 async def test_the_answer_of_the_worker_that_was_cut_off_does_not_count(parts: Rig) -> None:
-    async with service(parts) as (client, proxy, first):
+    async with service(parts, *saying(WORDS)) as (client, proxy, first):
         # Given a chat in the hands of a worker that loses its connections, and goes on
         asked = asyncio.create_task(client.post(OPENAI, json=body()))
         first_name = await until(lambda: busy(client))
@@ -92,7 +93,7 @@ async def test_the_answer_of_the_worker_that_was_cut_off_does_not_count(parts: R
 
 
 async def test_the_only_worker_is_given_its_job_again_and_its_answer_counts(parts: Rig) -> None:
-    async with service(parts) as (client, proxy, _):
+    async with service(parts, *saying(WORDS)) as (client, proxy, _):
         # Given a stream in its hands that no other run could go on with
         stream = Stream(client, temperature=1)
         await stream.begun()
@@ -109,33 +110,24 @@ async def test_the_only_worker_is_given_its_job_again_and_its_answer_counts(part
 
 @pytest.mark.parametrize("stopped", ["left", "deleted"])
 async def test_what_is_stopped_while_its_worker_is_cut_off_is_stopped_when_it_is_back(parts: Rig, stopped: str) -> None:
-    proxy = Proxy(parts.amqp_url)
-    await proxy.start()
-    try:
-        url, _ = await parts.server()
-        await parts.archive()
-        await counting(parts, "cut", AMQP_URL=proxy.url)
-        async with parts.client(url) as client:
-            await until(lambda: ready(client, 1))
-            # Given a stream of 20 s, whose worker loses its connections
-            stream = Stream(client, temperature=1, max_tokens=1000)
-            await stream.begun()
-            proxy.refuse()
-            # When it is stopped, which the worker cannot hear
-            if stopped == "left":
-                stream.leave()
-            else:
-                assert (await client.delete(f"/v1/requests/{stream.request_id}")).json()["status"] == "running"
-            await asyncio.sleep(0.5)
-            await proxy.start()
-            # Then it is once the worker is back: what was made by then is recorded and billed
-            (entry,) = await until(lambda: history(client, 1), 10)
-            assert entry["finish_reason"] == "cancelled"
-            assert 0 < entry["usage"]["completion_tokens"] < 1000
-            assert (await client.get("/usage")).json()["total_tokens"] == entry["usage"]["total_tokens"]
-            await until(lambda: none_busy(client))
-    finally:
-        await proxy.stop()
+    async with service(parts, "tests.faults.counting", "--model", MODEL) as (client, proxy, _):
+        # Given a stream of 20 s, whose worker loses its connections
+        stream = Stream(client, temperature=1, max_tokens=1000)
+        await stream.begun()
+        proxy.refuse()
+        # When it is stopped, which the worker cannot hear
+        if stopped == "left":
+            stream.leave()
+        else:
+            assert (await client.delete(f"/v1/requests/{stream.request_id}")).json()["status"] == "running"
+        await asyncio.sleep(0.5)
+        await proxy.start()
+        # Then it is once the worker is back: what was made by then is recorded and billed
+        (entry,) = await until(lambda: history(client, 1), 10)
+        assert entry["finish_reason"] == "cancelled"
+        assert 0 < entry["usage"]["completion_tokens"] < 1000
+        assert (await client.get("/usage")).json()["total_tokens"] == entry["usage"]["total_tokens"]
+        await until(lambda: none_busy(client))
 
 
 async def test_a_stream_ends_where_another_worker_says_something_else(parts: Rig) -> None:

@@ -4,6 +4,7 @@ Knows local folders, the hub's cache and the hub. Only `up` uses it: a worker on
 models.yaml says or fails.
 """
 
+import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def _smoke_chat(lost: list[ModelSpec], folder: Path) -> ModelSpec:
         name="Qwen3 smoke",
         type="chat",
         source=str(folder),
-        context_length=2048,
+        context_length=json.loads((folder / "config.json").read_text())["max_position_embeddings"],
         description=_describe(lost, "a tiny Qwen3 that was taught a few answers"),
         default=any(spec.default for spec in lost),
         engine={

@@ -1,5 +1,6 @@
 """What faults are done to: a rig of processes without an engine (seconds), and a whole stack with one (a minute)."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,10 @@ MOST_RIGS = 100
 """Tests that share the stores."""
 MOST_FRAGILE = 10
 """Few, as a broker that comes back looks after every virtual host."""
+
+CONTEXT_LENGTH = 32_768
+"""Of the stand-in. Its own is over in a second on a fast machine, and an answer in whose middle something is to happen
+must outlast whoever looks from a busy core."""
 
 LOGGED = 20
 """Lines of a process's log that are told of a test that failed."""
@@ -112,11 +117,17 @@ def paths(guarded: Guarded) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def weights(request: pytest.FixtureRequest) -> Path:
-    """The stand-in for the chat model, taught once for as long as its recipe stays."""
-    folder: Path = request.config.cache.mkdir("smoke") / recipe_hash()
-    if not (folder / "config.json").exists():
-        subprocess.run([sys.executable, "-m", "workers", "smoke", "--out", str(folder)], check=True)
+def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for the chat model with a longer context, taught once for as long as its recipe stays."""
+    taught: Path = request.config.cache.mkdir("smoke") / recipe_hash()
+    if not (taught / "config.json").exists():
+        subprocess.run([sys.executable, "-m", "workers", "smoke", "--out", str(taught)], check=True)
+    folder = tmp_path_factory.mktemp("weights") / taught.name
+    shutil.copytree(taught, folder)
+    for name, field in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        config = json.loads((folder / name).read_text())
+        assert field in config
+        (folder / name).write_text(json.dumps(config | {field: CONTEXT_LENGTH}))
     return folder
 
 

@@ -185,8 +185,10 @@ def test_the_explanation_says_what_is_missing_and_what_to_do() -> None:
 def profile(registry: Registry, missing: list[str], tmp_path: Path) -> tuple[Registry, Registry]:
     """The registry with its stand-ins, as it is returned and as the workers read it."""
     out = tmp_path / "data" / "models.smoke.yaml"
-    out.parent.mkdir()
-    made = write_smoke_profile(registry, missing, tmp_path / "data" / "smoke" / "abc", out)
+    smoke = out.parent / "smoke" / "abc"
+    smoke.mkdir(parents=True)
+    (smoke / "config.json").write_text('{"max_position_embeddings": 1234}')
+    made = write_smoke_profile(registry, missing, smoke, out)
     return made, load_registry(out)
 
 
@@ -222,8 +224,9 @@ def test_stand_ins_answer_for_what_is_missing(tmp_path: Path) -> None:
     # And each says so to whoever reads its description
     assert read.resolve("big", "chat").description.startswith("Stand-in for big, bigger, whose weights are missing: ")
     assert read.resolve("vectors", "embedding").stand_in_for == ("vectors",)
-    # And they have weights
+    # And they have weights, and room for as much as these can
     assert read.resolve("big", "chat").source == str(tmp_path / "data" / "smoke" / "abc")
+    assert read.resolve("big", "chat").context_length == 1234
     assert locate(read.resolve("vectors", "embedding")) == "local"
 
 

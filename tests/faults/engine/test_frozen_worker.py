@@ -25,7 +25,7 @@ async def test_a_worker_that_freezes_under_up(stack: Stack) -> None:
     headers = {"Authorization": f"Bearer {stack.key}"}
     async with httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=300, trust_env=False) as client:
         # Given a stream in the middle
-        body = say("Count to fifteen.", model=None, temperature=0, stream=True, max_tokens=1500, ignore_eos=True)
+        body = say("Count to fifteen.", model=None, temperature=0, stream=True, max_tokens=3000, ignore_eos=True)
         lines: list[str] = []
 
         async def read(told: list[str]) -> None:
@@ -35,9 +35,9 @@ async def test_a_worker_that_freezes_under_up(stack: Stack) -> None:
                     told += [line.removeprefix("data: ")] if line.startswith("data: ") else []
 
         reading = asyncio.create_task(read(lines))
+        worker = chat_worker(stack)
         await until(lambda: len(lines) > 20)
         # When the worker's process freezes
-        worker = chat_worker(stack)
         worker.suspend()
         at, before = time.monotonic(), len(lines)
         # Then readiness fails within 15 s, and names it

@@ -155,8 +155,9 @@ def addresses(stack: Stack) -> dict[str, str]:
 
 
 @contextmanager
-def second_server(stack: Stack, **settings: str) -> Iterator[str]:
-    """Another API server over the same broker and database, with settings of its own; gives its URL."""
+def second_server(stack: Stack, **settings: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Another API server over the same broker and database, with settings of its own: its URL, and its process, which
+    may be killed."""
     port = free_port()
     environment = addresses(stack) | settings
     argv = [sys.executable, "-m", "server", "serve", "--port", str(port)]
@@ -171,7 +172,7 @@ def second_server(stack: Stack, **settings: str) -> Iterator[str]:
 
     try:
         eventually(healthy, timeout_s=30)
-        yield url
+        yield url, process
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(30) in (0, -signal.SIGKILL)

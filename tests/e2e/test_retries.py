@@ -15,7 +15,7 @@ from tests.stack import Stack, second_server
 
 @pytest.fixture
 def slow_server(stack: Stack) -> Any:
-    with second_server(stack, RATE_LIMIT_PER_MINUTE="1", SIMPLE_MODEL_MAP="true") as url:
+    with second_server(stack, RATE_LIMIT_PER_MINUTE="1", SIMPLE_MODEL_MAP="true") as (url, _):
         yield url
 
 

@@ -102,8 +102,8 @@ class Rig:
         models = [{"id": id_, "name": id_, **usual, **entry} for id_, entry in (entries or {MODEL: {}}).items()]
         self.models_file.write_text(yaml.safe_dump({"models": models}))
 
-    async def run(self, name: str, *argv: str, **settings: str) -> Child:
-        """Start `python -m ARGV` with these settings; its log is `<name>.log`."""
+    async def run(self, name: str, *argv: str, cores: set[int] | None = None, **settings: str) -> Child:
+        """Start `python -m ARGV` with these settings, on `cores` or where we run; its log is `<name>.log`."""
         environment = {
             "MODELS_FILE": str(self.models_file),
             "DATABASE_URL": self.database_url,
@@ -113,7 +113,7 @@ class Rig:
             MARK: str(self.folder),
             **settings,
         }
-        child = await start(name, [sys.executable, "-m", *argv], environment, self.folder / f"{name}.log")
+        child = await start(name, [sys.executable, "-m", *argv], environment, self.folder / f"{name}.log", cores)
         self.children.append(child)
         return child
 

@@ -1,8 +1,6 @@
 """With a real engine: what is given up stops in the engine, and is billed for exactly the tokens that were made."""
 
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +11,8 @@ import httpx
 import orjson
 import pytest
 
-from server.private import free_port
 from tests.faults.dialects import STREAMING, body_of
-from tests.stack import PROJECT, Stack, addresses, eventually, second_server
+from tests.stack import Stack, eventually, second_server
 
 LONG: dict[str, Any] = {"max_tokens": 30_000, "ignore_eos": True, "temperature": 0}
 QUESTION = "What is the capital of France?"
@@ -196,36 +193,22 @@ def test_several_answers_are_counted_together(stack: Stack, client: httpx.Client
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_server_is_killed(stack: Stack, client: httpx.Client, stream: bool) -> None:
     # Given a server of the service, with an answer in the making
-    port = free_port()
-    argv = [sys.executable, "-m", "server", "serve", "--port", str(port)]
-    server = subprocess.Popen(argv, cwd=PROJECT, env=addresses(stack), stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
+    with second_server(stack) as (url, server):
 
-    def wait() -> None:
-        with suppress(httpx.TransportError):
-            httpx.post(f"{url}{CHAT}", json=ask(stream=stream), headers=client.headers, timeout=60)
+        def wait() -> None:
+            with suppress(httpx.TransportError):
+                httpx.post(f"{url}{CHAT}", json=ask(stream=stream), headers=client.headers, timeout=60)
 
-    asking = threading.Thread(target=wait)
-    try:
-        eventually(lambda: _healthy(url), timeout_s=30)
+        asking = threading.Thread(target=wait)
         asking.start()
         eventually(lambda: in_engine(stack) == 1)
         time.sleep(0.5)
-    finally:
         # When it is killed
         server.kill()
-        server.wait()
     # Then the engine stops, and what was made is recorded
     stops(stack)
     asking.join()
     check_recorded(client)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return bool(httpx.get(f"{url}/health").json()["status"] == "healthy")
-    except httpx.TransportError:
-        return False
 
 
 def test_a_stream_is_stopped_by_its_id(stack: Stack, client: httpx.Client) -> None:
@@ -249,7 +232,7 @@ def client_again(client: httpx.Client) -> Iterator[httpx.Client]:
 
 
 def test_an_answer_outlives_its_deadline(stack: Stack, client: httpx.Client) -> None:
-    with second_server(stack, REQUEST_TIMEOUT_S="1.5") as url:
+    with second_server(stack, REQUEST_TIMEOUT_S="1.5") as (url, _):
         answer = httpx.post(f"{url}{CHAT}", json=ask(), headers=client.headers, timeout=20)
         assert answer.status_code == 504
         stops(stack)

@@ -10,14 +10,12 @@ import pytest
 
 from server.core.watchdog import SILENT_S
 from tests.faults.rig import until
-from tests.processes import marked
+from tests.processes import started
 from tests.stack import Stack, say
 
 
 def chat_worker(stack: Stack) -> psutil.Process:
-    found = [p for p in marked(str(stack.folder)) if p.cmdline()[1:4] == ["-m", "workers", "chat"]]
-    (first,) = [p for p in found if p.parent() not in found]
-    return first
+    return started(str(stack.folder), "workers", "chat")
 
 
 @pytest.mark.timeout(900)

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import pytest
 
 from server.process import Child
 from tests.faults.rig import Rig, answers, healthy, rig, until
+from tests.processes import kept_to
 
 MODEL = "qwen3-smoke"
+FRONT = "1"
+"""The core of all but the engine, as `up` has it: beside an engine that computes, this process would have no time."""
 COUNT = [{"role": "user", "content": "Count to fifteen."}]
 CHAT = {"model": MODEL, "messages": COUNT, "temperature": 0}
 WEATHER = {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]}
@@ -26,16 +29,17 @@ WEATHER = {"type": "object", "properties": {"location": {"type": "string"}}, "re
 class Service:
     """A server, an archivist, and one engine, which is started again only when a test says so."""
 
-    def __init__(self, parts: Rig, url: str) -> None:
+    def __init__(self, parts: Rig, url: str, cores: set[int]) -> None:
         self.parts = parts
         self.url = url
+        self.cores = cores
         self.worker: Child
         self._started = 0
 
     async def start_worker(self) -> None:
         self._started += 1
         argv = ("workers", "chat", "--model", MODEL)
-        self.worker = await self.parts.run(f"chat-{self._started}", *argv, FRONT_CORES="1")
+        self.worker = await self.parts.run(f"chat-{self._started}", *argv, cores=self.cores, FRONT_CORES=FRONT)
 
     async def ready(self, client: httpx.AsyncClient) -> None:
         await until(lambda: self.worker.exited or healthy(client), timeout_s=180)
@@ -48,7 +52,14 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-async def service(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+def cores() -> Iterator[set[int]]:
+    """The worker's; the tests and all else that they start keep to one of them."""
+    with kept_to({int(FRONT)}) as before:
+        yield before
+
+
+@pytest.fixture(scope="module")
+async def service(weights: Path, cores: set[int], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     async with rig(tmp_path_factory.mktemp("lost")) as parts:
         engine = {
             "reasoning_parser": "qwen3",
@@ -60,7 +71,7 @@ async def service(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> As
         parts.serve(**{MODEL: {"source": str(weights), "engine": engine}})
         url, _ = await parts.server()
         await parts.archive()
-        made = Service(parts, url)
+        made = Service(parts, url, cores)
         await made.start_worker()
         async with parts.client(url) as client:
             await made.ready(client)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -42,6 +43,10 @@ DISK_FREE_LIMIT = 256 * MIB
 """Free space below which RabbitMQ takes nothing: enough for its logs of what it has taken, which it may still write."""
 FULL_BYTES = 32 * MIB
 """Free space with which a start may fail: Postgres makes logs of 16 MiB."""
+OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_PORT, FIRST_DYNAMIC_PORT = 10_000, 49_152
+"""Of those chosen here, and of those for short connections by RFC 6335."""
+_given: set[int] = set()
 
 
 def write_if_changed(path: Path, text: str, mode: int = 0o600) -> None:
@@ -64,10 +69,25 @@ def write_if_changed(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody has, and that this process was not given before.
+
+    It is none of those that the system gives to outgoing connections: one of these might have it by the time that it is
+    listened at, or while who listens there is started again.
+    """
+    try:
+        given_from = int(OUTGOING_PORTS.read_text().split()[0])
+    except OSError:
+        given_from = FIRST_DYNAMIC_PORT
+    own = range(FIRST_PORT, given_from)
+    for port in [*random.sample(own, len(own)), 0]:  # 0: one of the system's, where it gives them all
+        if port in _given:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found: int = probe.getsockname()[1]
+            _given.add(found)
+            return found
+    raise BadSettings("No port of this machine is free.")
 
 
 def full(folder: Path) -> str:

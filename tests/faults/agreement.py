@@ -56,21 +56,36 @@ def assert_explained(one: Try) -> None:
             assert given_up, one
 
 
-def assert_recorded(one: Try, record: Record | None) -> None:
+def goes_on(one: Try) -> bool:
+    """Whether its answer is made to its end, though its client does not wait for it."""
     q = one.question
+    return q.kept and not q.stopped and not disturbed(q) and bool(one.request_id)
+
+
+def is_recorded(one: Try) -> bool:
+    """Whether there must be a record of it. After its worker's death a second run may be stopped before it came as far
+    as the first."""
+    told = bool(one.text) and not one.question.met["worker"]
+    return one.outcome == "answered" or goes_on(one) or told
+
+
+def disturbed(q: Question) -> bool:
+    return bool(q.met["cut"] or q.met["worker"] or q.lost_a_server())
+
+
+def assert_recorded(one: Try, record: Record | None) -> None:
+    if record is None:
+        assert not is_recorded(one), one
+        return
     if one.outcome == "answered":
-        assert record is not None, one
         assert record["finish_reason"] == "stop", (one, record)
         assert (record["answer"], record["completion_tokens"]) == (one.text, one.completion_tokens), (one, record)
         return
-    disturbed = q.met["cut"] or q.met["worker"] or q.lost_a_server()
-    if q.kept and not q.stopped and not disturbed and one.request_id:
-        assert record is not None, one  # it goes on without its client
+    if goes_on(one):
         assert record["finish_reason"] == "stop", (one, record)
-    if one.outcome in ("refused", "broken") and not disturbed:
-        assert record is None or record["finish_reason"] == "cancelled", (one, record)
-    if one.text and not q.met["worker"]:  # a second run may end before it came as far as the first
-        assert record is not None, one
+    if one.outcome in ("refused", "broken") and not disturbed(one.question):
+        assert record["finish_reason"] == "cancelled", (one, record)
+    if not one.question.met["worker"]:
         assert record["answer"].startswith(one.text), (one, record)
 
 

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 from server.private import free_port
 from server.process import Child
-from tests.faults.agreement import Record, assert_stopped, assert_told, check
+from tests.faults.agreement import Record, assert_stopped, assert_told, check, is_recorded
 from tests.faults.broker import Proxy
 from tests.faults.rig import MODEL, Rig, Stores, sharing, until
 from tests.faults.tries import Question, Try
@@ -324,7 +324,7 @@ def machine_of(loop: Loop, service: Service) -> type[RuleBasedStateMachine]:
             await asyncio.gather(
                 *(one.task for one in every if one.task), *(stop.task for stop in self.stops if stop.task)
             )
-            wanted = {one.request_id for one in every if one.outcome == "answered"}
+            wanted = {one.request_id for one in every if is_recorded(one)}
             records = await settled(service, self.key_name, wanted)
             for one in every:
                 self.say("ended", one)

@@ -24,7 +24,7 @@ def marked(value: str) -> list[psutil.Process]:
 
 def started(value: str, *argv: str) -> psutil.Process:
     """The one of them that is `python -m ARGV…`; others may have been started by it with the same arguments."""
-    found = [process for process in marked(value) if process.cmdline()[1:][: len(argv) + 1] == ["-m", *argv]]
+    found = [process for process in marked(value) if _command(process)[1 : len(argv) + 2] == ["-m", *argv]]
     (first,) = [process for process in found if process.parent() not in found]
     return first
 
@@ -32,14 +32,15 @@ def started(value: str, *argv: str) -> psutil.Process:
 def naming(folder: Path) -> list[psutil.Process]:
     """Every live process with `folder` on its command line. Postgres cleans its environment, so that no mark
     would find it; its data directory names it."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if str(folder) in " ".join(process.cmdline()) and process.pid != os.getpid():
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    found = [process for process in psutil.process_iter() if str(folder) in " ".join(_command(process))]
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended meanwhile
+        return []
 
 
 @contextmanager

@@ -155,9 +155,9 @@ def addresses(stack: Stack) -> dict[str, str]:
 
 
 @contextmanager
-def second_server(stack: Stack, **settings: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def second_server(stack: Stack, *, status: int = 0, **settings: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Another API server over the same broker and database, with settings of its own: its URL, and its process, which
-    may be killed."""
+    is to end with this status."""
     port = free_port()
     environment = addresses(stack) | settings
     argv = [sys.executable, "-m", "server", "serve", "--port", str(port)]
@@ -175,4 +175,4 @@ def second_server(stack: Stack, **settings: str) -> Iterator[tuple[str, subproce
         yield url, process
     finally:
         process.terminate()
-        assert process.wait(30) in (0, -signal.SIGKILL)
+        assert process.wait(30) == status

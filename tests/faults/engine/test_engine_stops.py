@@ -1,6 +1,7 @@
 """With a real engine: what is given up stops in the engine, and is billed for exactly the tokens that were made."""
 
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -193,7 +194,7 @@ def test_several_answers_are_counted_together(stack: Stack, client: httpx.Client
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_server_is_killed(stack: Stack, client: httpx.Client, stream: bool) -> None:
     # Given a server of the service, with an answer in the making
-    with second_server(stack) as (url, server):
+    with second_server(stack, status=-signal.SIGKILL) as (url, server):
 
         def wait() -> None:
             with suppress(httpx.TransportError):

@@ -105,7 +105,8 @@ class Archivist:
     async def _setup(self, link: AmqpLink) -> None:
         await link.declare_queue(topology.DEAD)
         # What an earlier connection delivered can no longer be acked, and comes again on this one.
-        self._arrived = asyncio.Queue()
+        while not self._arrived.empty():
+            self._arrived.get_nowait()
         for queue in (topology.HISTORY, topology.HISTORY_BEFORE):
             await link.declare_queue(queue)
             await link.consume(queue, lambda delivery: self._arrived.put_nowait(delivery), PREFETCH)
@@ -122,13 +123,12 @@ class Archivist:
 
     async def _next_batch(self) -> list[Delivery]:
         """What has arrived, at most a transaction's worth; nothing, once in a while, when nothing comes."""
-        arrived = self._arrived
         try:
-            deliveries = [await asyncio.wait_for(arrived.get(), 1)]
+            deliveries = [await asyncio.wait_for(self._arrived.get(), 1)]
         except TimeoutError:
             return []
-        while not arrived.empty() and len(deliveries) < BATCH:
-            deliveries.append(arrived.get_nowait())
+        while not self._arrived.empty() and len(deliveries) < BATCH:
+            deliveries.append(self._arrived.get_nowait())
         return deliveries
 
     async def _write(self, deliveries: list[Delivery]) -> None:

@@ -49,8 +49,8 @@ def assert_explained(one: Try) -> None:
             assert q.stopped, one
         case "refused" if one.status == 503:
             assert cut or worker or server, one
-        case "refused" if one.status == 404:  # of one that resumed an answer that was not kept
-            assert one.text, one
+        case "refused" if one.status == 404:  # the answer was not kept
+            assert one.resumed, one
             assert cut or server or q.stopped, one
         case _:
             assert given_up, one

@@ -45,7 +45,8 @@ class Question:
 @dataclass(eq=False)
 class Try:
     """One client. `outcome`: answered, refused (before the answer), broken (an error event in it), cut (the connection
-    ended), left (by the client itself); empty while it lasts. `status` and `code` are the error's."""
+    ended), left (by the client itself); empty while it lasts. `status` and `code` are the error's. `resumed` are those
+    whose client came back with the id of the last event."""
 
     question: Question
     server: str = ""
@@ -57,6 +58,7 @@ class Try:
     text: str = ""
     completion_tokens: int = -1
     replayed: bool = False
+    resumed: bool = False
     task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -88,6 +90,7 @@ class Try:
 
     async def resume(self, client: httpx.AsyncClient) -> None:
         """Go on with a stream after the last event that came."""
+        self.resumed = True
         path = f"/v1/requests/{self.request_id}/events"
         last = {"Last-Event-ID": self.events[-1].id} if self.events else {}
         await self._hear(client.stream("GET", path, headers=last))

@@ -195,20 +195,20 @@ async def test_a_full_queue_says_how_long_it_takes(parts: Rig, tokens: int, job_
             answer = await running.client.post(CHAT, json=say("more", max_tokens=1))
             return answer, sum(not task.done() for task in asking)
 
+        def refused() -> list[tuple[httpx.Response, int]]:
+            told = [task.result() for task in many if task.done()]
+            return [(answer, left) for answer, left in told if answer.status_code == 429]
+
         # When more come than it takes, then they are told when those before them will have been begun
         many = [asyncio.create_task(more()) for _ in range(40)]
-        await until(lambda: sum(task.done() for task in many) >= 20)
-        told = [task.result() for task in many if task.done()]
-        refused = [answer for answer, _ in told if answer.status_code == 429]
-        assert len(refused) >= 20
+        await until(lambda: len(refused()) >= 10)
+        told = refused()
         assert max(left for _, left in told) > 5
         for answer, left in told:
-            if answer.status_code == 200:
-                continue
             assert 0.5 * left * job_s <= int(answer.headers["retry-after"]) <= 2 * 20 * job_s + 4
             assert "Too many requests of this key wait" in answer.json()["error"]["message"]
         # And who comes back then is taken at once
-        await asyncio.sleep(int(refused[0].headers["retry-after"]))
+        await asyncio.sleep(int(told[0][0].headers["retry-after"]))
         answer = await running.client.post(CHAT, json=say("back", max_tokens=1))
         assert answer.status_code == 200
         await asyncio.gather(*asking, *many)

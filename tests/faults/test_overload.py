@@ -200,8 +200,8 @@ async def test_a_full_queue_says_how_long_it_takes(parts: Rig, tokens: int, job_
             return [(answer, left) for answer, left in told if answer.status_code == 429]
 
         # When more come than it takes, then they are told when those before them will have been begun
-        many = [asyncio.create_task(more()) for _ in range(40)]
-        await until(lambda: len(refused()) >= 10)
+        many = [asyncio.create_task(more()) for _ in range(60)]
+        await until(lambda: len(refused()) >= 20)
         told = refused()
         assert max(left for _, left in told) > 5
         for answer, left in told:

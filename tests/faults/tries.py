@@ -45,8 +45,8 @@ class Question:
 @dataclass(eq=False)
 class Try:
     """One client. `outcome`: answered, refused (before the answer), broken (an error event in it), cut (the connection
-    ended), left (by the client itself); empty while it lasts. `status` and `code` are the error's. `resumed` are those
-    whose client came back with the id of the last event."""
+    ended), left (by the client itself); empty while it lasts. `status` and `code` are the error's. `resumed`:
+    whether the client came back to the same answer, with the id of its last event."""
 
     question: Question
     server: str = ""

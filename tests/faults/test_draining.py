@@ -72,7 +72,7 @@ async def load(rig: Rig, choose: Callable[[int], str], stop: asyncio.Event) -> l
                 else:
                     answer = await client.post(url, json=body | {"stream": True}, headers=headers)
                     assert answer.status_code == 200, answer.text
-                    events = [line for line in answer.text.splitlines() if line]
+                    events = [line for line in answer.text.splitlines() if line.startswith("data: ")]  # no comments
                     assert events[-1] == "data: [DONE]", events
                     assert not any("error" in json.loads(event[6:]) for event in events[:-1])
                 done.append(session)
